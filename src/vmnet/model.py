@@ -1,0 +1,189 @@
+"""The words of vmnet: what a guest, a lease and the host part are, and what can go wrong.
+
+Everything else imports this module; it imports nothing of vmnet.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from netaddr import IPAddress, IPNetwork
+
+Kind: TypeAlias = Literal["tap", "veth", "tun"]
+Mode: TypeAlias = Literal["mapped", "native"]
+Wish: TypeAlias = Literal["up", "down", "deleting"]
+State: TypeAlias = Literal["up", "down", "degraded"]
+
+LOOPBACK = IPNetwork("127.0.0.0/8")
+POOL_SPAN = IPNetwork("127.0.0.0/10")
+HOST_PART = IPNetwork("127.0.0.0/16")
+POOL_FIRST = 0x7F010000
+BLOCK_SIZE = 4
+POOL_BLOCKS = 1_032_192
+
+
+class VmnetError(Exception):
+    """What went wrong, in the user's words; `hint` says what to do about it."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class KernelRefused(VmnetError):
+    """The kernel or a program said no; its words are in the message."""
+
+    exit_code = 1
+
+
+class UsageError(VmnetError):
+    """The command line, a name or a setting is not of the right form."""
+
+    exit_code = 2
+
+
+class NoSuchGuest(VmnetError):
+    """No lease bears that name."""
+
+    exit_code = 3
+
+
+class Conflict(VmnetError):
+    """What was asked for contradicts what exists."""
+
+    exit_code = 4
+
+
+class PoolExhausted(VmnetError):
+    """No free block is left in the pool."""
+
+    exit_code = 5
+
+
+class NotPermitted(VmnetError):
+    """The caller lacks a right; the message says which."""
+
+    exit_code = 6
+
+
+class HostLacks(VmnetError):
+    """A program, a device node or a kernel feature is missing on this host."""
+
+    exit_code = 7
+
+
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_DEVICE_NAME_MAX = 15  # IFNAMSIZ is 16 with the final NUL (include/uapi/linux/if.h)
+
+
+def check_name(name: str) -> str:
+    """Return `name` if it is a guest name, else raise `UsageError`.
+
+    A guest name is an RFC 1123 label: 1 to 63 of a-z, 0-9 and -, with no - at an end.
+    """
+    if _LABEL.fullmatch(name):
+        return name
+    shown = repr(name) if len(name) <= 80 else repr(name[:77]) + "..."
+    raise UsageError(
+        f"{shown} is not a guest name",
+        hint="a name is 1 to 63 of a-z, 0-9 and -, and neither starts nor ends with -",
+    )
+
+
+def device_name(name: str) -> str:
+    """Return the name of the guest's device on the host: at most 15 characters, stable, unique.
+
+    A name too long for a device is shortened to five of its characters, an underscore (which no guest name
+    has) and five characters of its SHA-256, in base 32.
+    """
+    device = f"vmn-{name}"
+    if len(device) <= _DEVICE_NAME_MAX:
+        return device
+    digest = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+    tail = "".join("abcdefghijklmnopqrstuvwxyz234567"[digest >> shift & 31] for shift in range(0, 25, 5))
+    return f"vmn-{name[:5]}_{tail}"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Block:
+    """Block `number` of the pool: the /30 at 127.1.0.0 + 4 * number, 0 <= number < 1,032,192."""
+
+    number: int
+
+    @property
+    def first(self) -> int:
+        """The block's network address as a number in host order."""
+        return POOL_FIRST + BLOCK_SIZE * self.number
+
+    @property
+    def network(self) -> IPNetwork:
+        """The block as the host's programs see it, such as 127.1.0.0/30."""
+        return IPNetwork((self.first, 30))
+
+    @property
+    def gateway(self) -> IPAddress:
+        """The block's .1: the name of the host's side."""
+        return IPAddress(self.first + 1)
+
+    @property
+    def address(self) -> IPAddress:
+        """The block's .2: how the host reaches the guest."""
+        return IPAddress(self.first + 2)
+
+
+def block_of(address: IPAddress) -> Block:
+    """Return the block that holds `address`; raise `UsageError` for an address outside the pool."""
+    number = (int(address) - POOL_FIRST) // BLOCK_SIZE
+    if address.version != 4 or not 0 <= number < POOL_BLOCKS:
+        raise UsageError(
+            f"{address} is not in the pool",
+            hint="the pool is 127.1.0.0 to 127.63.255.255; a guest has the third address of a /30, such as 127.1.0.2",
+        )
+    return Block(number)
+
+
+@dataclass(frozen=True, slots=True)
+class NetnsId:
+    """Which network namespace a path led to: device and inode of its nsfs file, and the boot they belong to."""
+
+    device: int
+    inode: int
+    boot_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Netns:
+    """Where a veth guest lives: the way there, whether vmnet made it, and which one it was."""
+
+    path: str
+    owned: bool
+    identity: NetnsId | None
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The record that a guest holds a block, with all that its devices are made from.
+
+    `mac` is the guest's own MAC (None for a tun), `owner` the uid that may open its tap and manage it.
+    """
+
+    name: str
+    block: Block
+    kind: Kind
+    mode: Mode
+    mac: str | None
+    mtu: int
+    owner: int
+    queues: int
+    netns: Netns | None
+    wish: Wish
+    created: str
+
+    @property
+    def device(self) -> str:
+        """The guest's device on the host."""
+        return device_name(self.name)
