@@ -1,0 +1,648 @@
+"""Keep the records: who holds which block, which blocks are free, and which host they belong to.
+
+One SQLite file, `vmnet.db`, that root writes and everybody may read. Every method is one transaction of its own, so
+nothing stays locked between two calls; 16 processes may write at once, and one killed at any point leaves the last
+committed state to all, readers without any right to write included (docs/decisions/records.md says how). A store
+is for one thread. Every method raises `RecordsUnreadable` for a damaged file, `Conflict` for one of a newer vmnet or
+one kept locked, `NotPermitted` without the right to read or write it, `KernelRefused` for a full or read-only disk.
+"""
+
+import errno
+import fcntl
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+from netaddr import IPAddress
+
+from vmnet.ipam import Extent, Pool, blocks_touching, guest_mac, holds, merge, runs, subtract
+from vmnet.model import (
+    Block,
+    Conflict,
+    KernelRefused,
+    Kind,
+    Lease,
+    Mode,
+    Netns,
+    NetnsId,
+    NoSuchGuest,
+    NotPermitted,
+    PoolExhausted,
+    VmnetError,
+    Wish,
+)
+
+APPLICATION_ID = 0x766D6E74  # "vmnt", for file(1) and for us
+LOCK_WAIT = 30.0  # seconds; 16 busy writers make one wait for about one
+
+# Each step leads from the schema before it to the next; a file's user_version is the number of steps behind it.
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        """CREATE TABLE lease (
+            block INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, mode TEXT NOT NULL, mac TEXT,
+            mtu INTEGER NOT NULL, owner INTEGER NOT NULL, queues INTEGER NOT NULL, netns_path TEXT,
+            netns_owned INTEGER, netns_device INTEGER, netns_inode INTEGER, netns_boot_id TEXT, wish TEXT NOT NULL,
+            created TEXT NOT NULL) STRICT""",
+        # What the pool last used allows, reservations taken off; and the part of it that nobody ever had.
+        "CREATE TABLE allocatable (lo INTEGER PRIMARY KEY, hi INTEGER NOT NULL) STRICT",
+        "CREATE TABLE unused (lo INTEGER PRIMARY KEY, hi INTEGER NOT NULL) STRICT",
+        # The queue of blocks that were given back: the lowest turn has been free longest.
+        """CREATE TABLE freed (
+            turn INTEGER PRIMARY KEY, block INTEGER NOT NULL UNIQUE, name TEXT NOT NULL, freed REAL NOT NULL,
+            usable INTEGER NOT NULL) STRICT""",
+        "CREATE INDEX freed_name ON freed (name, turn) WHERE usable",
+        "CREATE INDEX freed_turn ON freed (turn) WHERE usable",
+        "CREATE TABLE reservation (first INTEGER NOT NULL, last INTEGER NOT NULL, reason TEXT NOT NULL) STRICT",
+        "CREATE TABLE pool (definition TEXT NOT NULL) STRICT",
+        """CREATE TABLE host (
+            wish TEXT NOT NULL, boot_id TEXT NOT NULL, netns_device INTEGER NOT NULL,
+            netns_inode INTEGER NOT NULL) STRICT""",
+    ),
+)
+
+
+class RecordsUnreadable(Conflict):
+    """The file of records is damaged, or is not one of vmnet's."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRequest:
+    """What a new guest is to be; without `mac` a guest other than a tun gets its block's own."""
+
+    name: str
+    kind: Kind
+    mode: Mode
+    mac: str | None
+    mtu: int
+    owner: int
+    queues: int
+    netns: Netns | None
+    address: IPAddress | None
+
+
+@dataclass(frozen=True, slots=True)
+class HostRecord:
+    """The wish for the host part, and which host network namespace, in which boot, the records belong to."""
+
+    wish: Wish
+    boot_id: str
+    netns_device: int
+    netns_inode: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Addresses first..last (both included) of the pool that somebody else uses, and who or what that is."""
+
+    first: IPAddress
+    last: IPAddress
+    reason: str
+
+
+class Store:
+    """The records in one directory; made by `open`, and a context manager that closes itself."""
+
+    def __init__(self, path: Path, db: sqlite3.Connection | None, *, write: bool) -> None:
+        self._path = path
+        self._db = db
+        self._write = write
+
+    @classmethod
+    def open(cls, directory: Path, *, write: bool) -> Self:
+        """Open the records in `directory`.
+
+        To write, directory (0755) and file (0644, whatever the umask) are made if need be, and an older schema is
+        brought up to date. To read, nothing is ever written: missing records read as none.
+        """
+        path = directory.absolute() / "vmnet.db"
+        with _explained(path):
+            if not write:
+                return cls(path, _connect_reader(path), write=False)
+            _make_directory(path.parent)
+            _make_file(path)
+            db = _connect(path, "rw")
+            try:
+                # Durable when COMMIT returns: the journal's header is zeroed and synced. PERSIST spares ext4 the
+                # change of a file's length, which costs more than the data.
+                db.execute("PRAGMA journal_mode = PERSIST")
+                db.execute("PRAGMA journal_size_limit = 1048576")
+                db.execute("PRAGMA synchronous = FULL")
+                _migrate(db, path)
+            except BaseException:
+                db.close()
+                raise
+            return cls(path, db, write=True)
+
+    def close(self) -> None:
+        """Close the file; closing twice is harmless."""
+        if self._db is not None:
+            self._db.close()
+            self._db = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def lease(self, name: str) -> Lease | None:
+        """Return the lease of `name`, None without one."""
+        with self._reading() as db:
+            return _find_lease(db, name)
+
+    def leases(self, names: Sequence[str] | None = None) -> list[Lease]:
+        """Return the leases of `names` in that order, or all in the order of their names; deleting ones included.
+
+        Raises `NoSuchGuest` naming the first that has none.
+        """
+        with self._reading() as db:
+            if names is None:
+                return [_lease(row) for row in db.execute(f"SELECT {_COLUMNS} FROM lease ORDER BY name")]
+            return [_need_lease(db, name) for name in names]
+
+    def count(self) -> int:
+        """Return how many leases there are."""
+        with self._reading() as db:
+            return _number(db.execute("SELECT count(*) FROM lease"))
+
+    def allocate(self, requests: Sequence[LeaseRequest], *, pool: Pool, created: str) -> list[Lease]:
+        """Give a block to each of `requests` and return the leases in the same order: all of them, or none.
+
+        Asked-for addresses come first, then blocks that a name had before, then never-used blocks from the lowest,
+        then freed ones from the one that has been free longest. A `pool` other than last time's is taken over;
+        leases outside it stay. `created` is kept as it is.
+
+        Raises `Conflict` for a name that has a lease and for an address that is held or reserved, `UsageError` for
+        an address that cannot be a guest's, `PoolExhausted` when too few blocks are free.
+        """
+        with self._writing() as db:
+            return _allocate(db, requests, pool, created)
+
+    def preview(self, requests: Sequence[LeaseRequest], *, pool: Pool, created: str) -> list[Lease]:
+        """Return and raise what `allocate` would, and write nothing; works on a copy in memory of all records."""
+        with self._reading() as db, closing(_copy_to_memory(db)) as copy:
+            _migrate(copy, self._path)
+            return _allocate(copy, requests, pool, created)
+
+    def set_wish(self, names: Sequence[str], wish: Wish) -> None:
+        """Record `wish` for all of `names`, or raise `NoSuchGuest` naming the first without a lease."""
+        with self._writing() as db:
+            for name in names:
+                if not db.execute("UPDATE lease SET wish = ? WHERE name = ?", (wish, name)).rowcount:
+                    raise _no_such_guest(name)
+
+    def set_netns(self, name: str, netns: Netns) -> None:
+        """Record where the guest lives now; raise `NoSuchGuest` for a name without a lease."""
+        with self._writing() as db:
+            if not db.execute(f"UPDATE lease SET {_NETNS_SET} WHERE name = ?", (*_netns_row(netns), name)).rowcount:
+                raise _no_such_guest(name)
+
+    def release(self, names: Sequence[str], *, freed: float) -> None:
+        """Drop the leases of `names`; their blocks join the queue of freed ones in that order.
+
+        `freed` is the time, seconds since the epoch, kept for people: the queue goes by order alone. A name without
+        a lease is passed over, so releasing twice is harmless.
+        """
+        with self._writing() as db:
+            db.executemany(
+                "INSERT INTO freed (block, name, freed, usable)"
+                f" SELECT block, name, ?, {_IS_ALLOCATABLE.format('lease.block')} FROM lease WHERE name = ?",
+                [(freed, name) for name in dict.fromkeys(names)],
+            )
+            db.executemany("DELETE FROM lease WHERE name = ?", [(name,) for name in names])
+
+    def host(self) -> HostRecord | None:
+        """Return what is recorded of the host part, None before the first `set_host`."""
+        with self._reading() as db:
+            row = db.execute("SELECT wish, boot_id, netns_device, netns_inode FROM host").fetchone()
+            return None if row is None else HostRecord(*row)
+
+    def set_host(self, record: HostRecord) -> None:
+        """Record the wish for the host part and whose records these are."""
+        with self._writing() as db:
+            db.execute("DELETE FROM host")
+            row = (record.wish, record.boot_id, record.netns_device, record.netns_inode)
+            db.execute("INSERT INTO host (wish, boot_id, netns_device, netns_inode) VALUES (?, ?, ?, ?)", row)
+
+    def reservations(self) -> list[Reservation]:
+        """Return what others were found to use, in the order of the addresses."""
+        with self._reading() as db:
+            return _reservations(db)
+
+    def replace_reservations(self, reservations: Sequence[Reservation]) -> None:
+        """Record what others use, in place of what was recorded; their blocks are not given out.
+
+        Leases that are there already stay. Costs a look at every record if something changed, else next to nothing.
+        """
+        wanted = sorted(reservations, key=lambda one: (one.first, one.last, one.reason))
+        with self._writing() as db:
+            if wanted == _reservations(db):
+                return
+            db.execute("DELETE FROM reservation")
+            db.executemany(
+                "INSERT INTO reservation (first, last, reason) VALUES (?, ?, ?)",
+                [(int(one.first), int(one.last), one.reason) for one in wanted],
+            )
+            definition = db.execute("SELECT definition FROM pool").fetchone()
+            if definition is not None:
+                _rebuild(db, [_extent(text) for text in definition[0].split()])
+
+    def purge(self) -> None:
+        """Forget everything: leases, freed blocks, reservations, the host. The file stays, empty of records."""
+        with self._writing() as db:
+            for table in ("lease", "allocatable", "unused", "freed", "reservation", "pool", "host"):
+                db.execute(f"DELETE FROM {table}")
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        if self._db is None or not self._write:
+            raise RuntimeError("this store is not open for writing")
+        with _explained(self._path):
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                _check_version(self._db, self._path)
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                self._db.rollback()
+                raise
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """Lend a connection that shows one committed state, in this vmnet's schema, to the end of the block."""
+        with _explained(self._path):
+            if self._db is None:
+                self._db = _connect_reader(self._path)
+            with _snapshot(self._path, self._db) as db:
+                yield db
+
+
+_COLUMNS = (
+    "block, name, kind, mode, mac, mtu, owner, queues,"
+    " netns_path, netns_owned, netns_device, netns_inode, netns_boot_id, wish, created"
+)
+_INSERT_LEASE = f"INSERT INTO lease ({_COLUMNS}) VALUES ({', '.join('?' * 15)})"
+_NETNS_SET = "netns_path = ?, netns_owned = ?, netns_device = ?, netns_inode = ?, netns_boot_id = ?"
+_IS_ALLOCATABLE = "coalesce((SELECT hi > {0} FROM allocatable WHERE lo <= {0} ORDER BY lo DESC LIMIT 1), 0)"
+
+
+def _allocate(db: sqlite3.Connection, requests: Sequence[LeaseRequest], pool: Pool, created: str) -> list[Lease]:
+    _adopt_pool(db, pool)
+    _refuse_known_names(db, requests)
+    blocks: dict[str, int] = {}
+    for request in requests:
+        if request.address is not None:
+            blocks[request.name] = _take_address(db, request.address, pool)
+    for request in requests:
+        if request.name not in blocks and (own := _take_own(db, request.name)) is not None:
+            blocks[request.name] = own
+    others = [request.name for request in requests if request.name not in blocks]
+    blocks.update(zip(others, _take_next(db, len(others)), strict=True))
+    leases = [_new_lease(request, Block(blocks[request.name]), created) for request in requests]
+    db.executemany(_INSERT_LEASE, map(_lease_row, leases))
+    return leases
+
+
+def _refuse_known_names(db: sqlite3.Connection, requests: Sequence[LeaseRequest]) -> None:
+    seen = set()
+    for request in requests:
+        if request.name in seen:
+            raise Conflict(f"{request.name} is asked for twice")
+        seen.add(request.name)
+        if db.execute("SELECT 1 FROM lease WHERE name = ?", (request.name,)).fetchone():
+            raise Conflict(f"{request.name} exists already", hint=f"vmnet show {request.name}")
+
+
+def _take_address(db: sqlite3.Connection, address: IPAddress, pool: Pool) -> int:
+    """Take the block of `address` away from the free ones, wherever it is."""
+    block = pool.block_at(address).number
+    holder = db.execute("SELECT name FROM lease WHERE block = ?", (block,)).fetchone()
+    if holder is not None:
+        raise Conflict(f"{address} is held by {holder[0]}", hint="ask for another address, or for none")
+    for one in _reservations(db):
+        if holds([_reserved_blocks(one)], block):
+            raise Conflict(f"{address} is reserved: {one.reason}", hint="ask for another address, or for none")
+    if db.execute("DELETE FROM freed WHERE block = ?", (block,)).rowcount:
+        return block
+    lo, hi = db.execute("SELECT lo, hi FROM unused WHERE lo <= ? ORDER BY lo DESC LIMIT 1", (block,)).fetchone()
+    db.execute("DELETE FROM unused WHERE lo = ?", (lo,))
+    rest = subtract([(lo, hi)], [(block, block + 1)])
+    db.executemany("INSERT INTO unused (lo, hi) VALUES (?, ?)", rest)
+    return block
+
+
+def _take_own(db: sqlite3.Connection, name: str) -> int | None:
+    """Take the block that `name` had last, if nobody got it since."""
+    row = db.execute(
+        "SELECT turn, block FROM freed WHERE usable AND name = ? ORDER BY turn DESC LIMIT 1", (name,)
+    ).fetchone()
+    if row is None:
+        return None
+    db.execute("DELETE FROM freed WHERE turn = ?", (row[0],))
+    return int(row[1])
+
+
+def _take_next(db: sqlite3.Connection, wanted: int) -> list[int]:
+    """Take `wanted` blocks: never-used ones from the lowest, then freed ones in their order."""
+    taken: list[int] = []
+    while len(taken) < wanted:
+        extent = db.execute("SELECT lo, hi FROM unused ORDER BY lo LIMIT 1").fetchone()
+        if extent is None:
+            break
+        lo, hi = extent
+        cut = min(hi, lo + wanted - len(taken))
+        taken.extend(range(lo, cut))
+        if cut == hi:
+            db.execute("DELETE FROM unused WHERE lo = ?", (lo,))
+        else:
+            db.execute("UPDATE unused SET lo = ? WHERE lo = ?", (cut, lo))
+    if len(taken) == wanted:
+        return taken
+    rows = db.execute(
+        "SELECT turn, block FROM freed WHERE usable ORDER BY turn LIMIT ?", (wanted - len(taken),)
+    ).fetchall()
+    if len(taken) + len(rows) < wanted:
+        raise PoolExhausted(
+            f"the pool has {len(taken) + len(rows)} free blocks, {wanted} are asked for",
+            hint="vmnet list shows who has them; vmnet delete gives one back",
+        )
+    db.executemany("DELETE FROM freed WHERE turn = ?", [(turn,) for turn, _ in rows])
+    return taken + [block for _, block in rows]
+
+
+def _adopt_pool(db: sqlite3.Connection, pool: Pool) -> None:
+    row = db.execute("SELECT definition FROM pool").fetchone()
+    if row is not None and row[0] == pool.definition:
+        return
+    db.execute("DELETE FROM pool")
+    db.execute("INSERT INTO pool (definition) VALUES (?)", (pool.definition,))
+    _rebuild(db, pool.extents)
+
+
+def _rebuild(db: sqlite3.Connection, extents: Sequence[Extent]) -> None:
+    """Work out anew what may be given out, from the pool's `extents`, the reservations and the leases."""
+    allocatable = subtract(extents, merge(map(_reserved_blocks, _reservations(db))))
+    known = db.execute("SELECT block FROM lease UNION ALL SELECT block FROM freed ORDER BY block")
+    unused = subtract(allocatable, runs(block for (block,) in known))
+    for table, rows in (("allocatable", allocatable), ("unused", unused)):
+        db.execute(f"DELETE FROM {table}")
+        db.executemany(f"INSERT INTO {table} (lo, hi) VALUES (?, ?)", rows)
+    db.execute(f"UPDATE freed SET usable = {_IS_ALLOCATABLE.format('freed.block')}")
+
+
+def _extent(text: str) -> Extent:
+    lo, hi = text.split("-")
+    return int(lo), int(hi)
+
+
+def _reservations(db: sqlite3.Connection) -> list[Reservation]:
+    rows = db.execute("SELECT first, last, reason FROM reservation ORDER BY first, last, reason")
+    return [Reservation(IPAddress(first, 4), IPAddress(last, 4), reason) for first, last, reason in rows]
+
+
+def _reserved_blocks(reservation: Reservation) -> Extent:
+    return blocks_touching(int(reservation.first), int(reservation.last))
+
+
+def _new_lease(request: LeaseRequest, block: Block, created: str) -> Lease:
+    mac = guest_mac(block) if request.mac is None and request.kind != "tun" else request.mac
+    return Lease(
+        name=request.name,
+        block=block,
+        kind=request.kind,
+        mode=request.mode,
+        mac=mac,
+        mtu=request.mtu,
+        owner=request.owner,
+        queues=request.queues,
+        netns=request.netns,
+        wish="up",
+        created=created,
+    )
+
+
+_NetnsRow = tuple[str | None, bool | None, int | None, int | None, str | None]
+
+
+def _netns_row(netns: Netns | None) -> _NetnsRow:
+    if netns is None:
+        return None, None, None, None, None
+    if netns.identity is None:
+        return netns.path, netns.owned, None, None, None
+    return netns.path, netns.owned, netns.identity.device, netns.identity.inode, netns.identity.boot_id
+
+
+def _lease_row(lease: Lease) -> tuple[object, ...]:
+    words = (lease.block.number, lease.name, lease.kind, lease.mode, lease.mac, lease.mtu, lease.owner, lease.queues)
+    return (*words, *_netns_row(lease.netns), lease.wish, lease.created)
+
+
+def _lease(row: tuple[object, ...]) -> Lease:
+    block, name, kind, mode, mac, mtu, owner, queues, path, owned, device, inode, boot_id, wish, created = row
+    netns = None
+    if path is not None:
+        identity = None if inode is None else NetnsId(device, inode, boot_id)  # type: ignore[arg-type]
+        netns = Netns(path, bool(owned), identity)  # type: ignore[arg-type]
+    return Lease(name, Block(block), kind, mode, mac, mtu, owner, queues, netns, wish, created)  # type: ignore[arg-type]
+
+
+def _find_lease(db: sqlite3.Connection, name: str) -> Lease | None:
+    row = db.execute(f"SELECT {_COLUMNS} FROM lease WHERE name = ?", (name,)).fetchone()
+    return None if row is None else _lease(row)
+
+
+def _need_lease(db: sqlite3.Connection, name: str) -> Lease:
+    lease = _find_lease(db, name)
+    if lease is None:
+        raise _no_such_guest(name)
+    return lease
+
+
+def _no_such_guest(name: str) -> NoSuchGuest:
+    return NoSuchGuest(f"there is no guest {name}", hint="vmnet list shows those there are")
+
+
+def _number(cursor: sqlite3.Cursor) -> int:
+    return int(cursor.fetchone()[0])
+
+
+def _make_directory(directory: Path) -> None:
+    """Make `directory` and what is missing above it, open to all: the umask is for the user's own files."""
+    if directory.is_dir():
+        return
+    _make_directory(directory.parent)
+    try:
+        directory.mkdir()
+    except FileExistsError:
+        return
+    directory.chmod(0o755)
+
+
+def _make_file(path: Path) -> None:
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644)
+    except FileExistsError:
+        return
+    # SQLite gives its journal the mode of the file itself.
+    os.fchmod(descriptor, 0o644)
+    os.close(descriptor)
+
+
+def _connect(path: Path, mode: Literal["ro", "rw"]) -> sqlite3.Connection:
+    return sqlite3.connect(f"{path.as_uri()}?mode={mode}", uri=True, isolation_level=None, timeout=LOCK_WAIT)
+
+
+def _connect_reader(path: Path) -> sqlite3.Connection | None:
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return None
+    return _connect(path, "ro")
+
+
+def _check_version(db: sqlite3.Connection, path: Path) -> int:
+    """Return the schema's version; refuse a newer one and a file that is not ours."""
+    version = _number(db.execute("PRAGMA user_version"))
+    if version > len(MIGRATIONS):
+        raise Conflict(
+            f"{path} was written by a newer vmnet: schema {version}, this one knows {len(MIGRATIONS)}",
+            hint="install the newer vmnet again; vmnet restore works without records",
+        )
+    if version == len(MIGRATIONS):
+        return version
+    ours = _number(db.execute("PRAGMA application_id")) == APPLICATION_ID
+    if not ours and (version or _number(db.execute("SELECT count(*) FROM sqlite_master"))):
+        raise _unreadable(path, "it is a database, but not one of vmnet's")
+    return version
+
+
+def _migrate(db: sqlite3.Connection, path: Path) -> None:
+    """Bring the schema up to this vmnet's in one transaction."""
+    if _check_version(db, path) == len(MIGRATIONS):
+        return
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        # Another process may have done it while this one waited.
+        for step in MIGRATIONS[_check_version(db, path) :]:
+            for statement in step:
+                db.execute(statement)
+        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+        db.execute("COMMIT")
+    except BaseException:
+        db.rollback()
+        raise
+
+
+@contextmanager
+def _snapshot(path: Path, db: sqlite3.Connection | None) -> Iterator[sqlite3.Connection]:
+    """Lend the last committed state of `db`, unchanging to the end of the block, in this vmnet's schema.
+
+    That is the file itself, but for three cases in which a reader may not do what is to be done, and does it to a
+    copy instead: no file, an older schema, and a journal that a killed writer left to be rolled back.
+    """
+    if db is None:
+        with closing(sqlite3.connect(":memory:", isolation_level=None)) as empty:
+            _migrate(empty, path)
+            yield empty
+        return
+    try:
+        db.execute("BEGIN")
+        try:
+            version = _check_version(db, path)
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_READONLY_ROLLBACK:
+                raise
+            db.rollback()
+            copy = _copy_rolled_back(path)
+        else:
+            if version == len(MIGRATIONS):
+                yield db
+                return
+            copy = _copy_to_memory(db)
+        with closing(copy):
+            _migrate(copy, path)
+            yield copy
+    finally:
+        db.rollback()
+
+
+def _copy_to_memory(db: sqlite3.Connection) -> sqlite3.Connection:
+    memory = sqlite3.connect(":memory:", isolation_level=None)
+    db.backup(memory)
+    return memory
+
+
+def _copy_rolled_back(path: Path) -> sqlite3.Connection:
+    """Return, in memory, the state before the transaction of a writer that was killed within it.
+
+    The lock is the one that SQLite calls SHARED (https://sqlite.org/lockingv3.html; its bytes: os.h). While it is
+    held nobody can change the file, neither commit nor roll back, and a journal begun meanwhile holds only what the
+    file holds: so the two copies fit together.
+    """
+    import shutil
+    import tempfile
+
+    shared_first, shared_size = 0x40000002, 510
+    # Closing any descriptor of a file drops all of a process's locks on it: copy from the one that holds the lock.
+    with path.open("rb") as file, tempfile.TemporaryDirectory(prefix="vmnet-") as directory:
+        fcntl.lockf(file, fcntl.LOCK_SH, shared_size, shared_first)
+        copy = Path(directory) / path.name
+        with copy.open("wb") as target:
+            shutil.copyfileobj(file, target)
+        shutil.copyfile(f"{path}-journal", f"{copy}-journal")
+        with closing(_connect(copy, "rw")) as db:
+            return _copy_to_memory(db)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn what SQLite and the system say about the file into errors for people."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise _explain_sqlite(error, path) from error
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise _not_permitted(path) from error
+        raise KernelRefused(f"{error.filename or path}: {error.strerror}") from error
+
+
+def _explain_sqlite(error: sqlite3.Error, path: Path) -> VmnetError:
+    match getattr(error, "sqlite_errorcode", 0) & 0xFF:
+        case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB | sqlite3.SQLITE_ERROR | sqlite3.SQLITE_MISMATCH:
+            return _unreadable(path, str(error))
+        case sqlite3.SQLITE_BUSY:
+            return Conflict(
+                f"{path} stayed locked for {LOCK_WAIT:.0f} seconds",
+                hint=f"lsof {path} shows the processes that have it open; end the one that hangs",
+            )
+        case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM if _is_forbidden(path):
+            return _not_permitted(path)
+        case sqlite3.SQLITE_FULL | sqlite3.SQLITE_IOERR | sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN:
+            return KernelRefused(f"{path}: {error}", hint="is the disk full, or mounted read-only?")
+    raise error
+
+
+def _is_forbidden(path: Path) -> bool:
+    if os.statvfs(path.parent).f_flag & os.ST_RDONLY:
+        return False
+    return not os.access(path, os.R_OK) or not os.access(path.parent, os.W_OK)
+
+
+def _not_permitted(path: Path) -> NotPermitted:
+    return NotPermitted(f"no right to open {path}", hint="root writes the records; VMNET_STATE_DIR names their folder")
+
+
+def _unreadable(path: Path, why: str) -> RecordsUnreadable:
+    return RecordsUnreadable(
+        f"{path} cannot be read: {why}",
+        hint=f"put a backup in its place or move it away (mv {path} {path}.bad); vmnet restore works without records",
+    )
