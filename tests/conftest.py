@@ -1,0 +1,33 @@
+"""What all tests share: the option `--long` and the markers `long` and `root`.
+
+`--long` runs the exhaustive versions. A test that is one of them bears the marker `long`; a test that only widens its
+sample asks `request.config.getoption("--long")`. The marker `root` is for what needs the machine's own root: root of a
+user namespace of its own, which is enough for nearly all of the suite, is not that.
+"""
+
+from pathlib import Path
+
+import pytest
+
+WHOLE_MAP = ["0", "0", "4294967295"]
+
+
+def is_real_root() -> bool:
+    """Tell whether uid 0 here is uid 0 of the machine: its user namespace maps every uid to itself."""
+    own = [line.split() for line in Path("/proc/self/uid_map").read_text().splitlines()]
+    uid = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("Uid:"))
+    return own == [WHOLE_MAP] and uid.split()[2] == "0"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the exhaustive versions of the tests too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    long = config.getoption("--long")
+    real_root = Path("/proc/self/uid_map").exists() and is_real_root()
+    for item in items:
+        if "long" in item.keywords and not long:
+            item.add_marker(pytest.mark.skip(reason="exhaustive: run with --long"))
+        if "root" in item.keywords and not real_root:
+            item.add_marker(pytest.mark.skip(reason="needs the machine's own root: this is not uid 0 of all its uids"))

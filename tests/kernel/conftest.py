@@ -1,0 +1,51 @@
+"""The fixtures of the kernel tests: what `net.py` describes, fresh for each test."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.kernel import net
+
+
+@pytest.fixture(scope="session")
+def _namespaces() -> str | None:
+    return net.why_not()
+
+
+@pytest.fixture
+def lab(tmp_path: Path, _namespaces: str | None) -> Iterator[net.Lab]:
+    """All of it; the other fixtures are its parts."""
+    if _namespaces is not None:
+        pytest.skip(_namespaces)
+    with net.Lab(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+def laptop(lab: net.Lab) -> net.Laptop:
+    return lab.laptop
+
+
+@pytest.fixture
+def lan(lab: net.Lab) -> net.Machine:
+    return lab.lan
+
+
+@pytest.fixture
+def internet(lab: net.Lab) -> net.Machine:
+    return lab.internet
+
+
+@pytest.fixture
+def vmnet(laptop: net.Laptop) -> Callable[..., net.Result]:
+    """Run vmnet's command line in the laptop."""
+    return laptop.vmnet
+
+
+@pytest.fixture
+def tap(_namespaces: str | None) -> None:
+    """Skip where no tap or tun can be opened."""
+    reason = net.why_no_tap()
+    if reason is not None:
+        pytest.skip(reason)
