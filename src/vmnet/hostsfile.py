@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
-from socket import AF_INET, inet_pton
+from socket import inet_aton
 from typing import TypeAlias
 
-from vmnet.model import BLOCK_SIZE, POOL_BLOCKS, POOL_FIRST, VmnetError
+from vmnet.model import VmnetError
 
 Names: TypeAlias = Mapping[str, str]
 """Host name, such as "myvm.vmnet.internal", to address, such as "127.1.0.2": the third of a block of the pool."""
@@ -29,22 +30,16 @@ _END = b"# END vmnet"
 _NO_NEWLINE = b" (no newline before)"
 _MADE = b" (made this file)"
 _MARKER = re.compile(
-    rb"(?<![^\n])(?:# (?P<begin>BEGIN) vmnet(?P<note> \((?:no newline before|made this file)\))?|# END vmnet)"
+    rb"(?<![^\n])# (?:(?P<begin>BEGIN) vmnet(?P<note> \((?:no newline before|made this file)\))?|END vmnet)"
     rb"[ \t\r]*(?:\n|\Z)"
 )
-_LINE = re.compile(rb"(127\.\d{1,3}\.\d{1,3}\.\d{1,3})\t([A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)+)[ \t\r]*\n?")
-
-_PATIENCE = 5.0  # seconds; an update takes milliseconds, so whoever holds the lock longer is stuck or none of us
-_TRIES = 100
-_PAGE = 4096
-_JOURNAL = re.compile(rb"vmnet hosts journal (\d+) (\d+) ([0-9a-f]{64})\n")
-
-# What forbids a replacement but may allow writing into the file that is there: EBUSY is a bind mount, EROFS a writable
-# file mounted into a read-only system, EINVAL an owner that this user namespace cannot name.
-_NOT_REPLACEABLE = {errno.EBUSY, errno.EXDEV, errno.EROFS, errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP}
-
-# The kernel computes these from the content; a copy would be wrong.
-_COMPUTED_XATTRS = {"security.ima", "security.evm"}
+# One of our lines, editors' changes at its end aside: a guest's address in 127.1.0.0 to 127.63.255.255, the third of
+# its block, so 2 modulo 4; a tab; one name with a dot in it.
+_LINE = re.compile(
+    rb"(?<![^\n])(?P<address>127\.(?:[1-9]|[1-5]\d|6[0-3])\.(?:[1-9]?\d|1\d\d|2[0-4]\d|25[0-5])\."
+    rb"(?:[26]|1?[13579][048]|1?[2468][26]|10[26]|2[13][048]|2[024][26]|25[04]))"
+    rb"\t(?P<name>[\w-]{1,63}(?:\.[\w-]{1,63}){1,126})[ \t\r]*(?:\n|\Z)"
+)
 
 
 class HostsFileUnwritable(VmnetError):
@@ -59,12 +54,11 @@ def render(original: bytes, names: Names, *, made: bool = False) -> bytes:
     a name or an address that would not be recognised later.
     """
     found = _parse(original)
+    before, note = found.before, found.note
     if not names:
-        before = found.before
-        if found.note == _NO_NEWLINE and not found.after:
+        if note == _NO_NEWLINE and not found.after:
             before = before.removesuffix(b"\n")
         return before + found.after
-    before, note = found.before, found.note
     if not found.block:
         note = _MADE if made else b""
         if before and not before.endswith(b"\n"):
@@ -73,98 +67,82 @@ def render(original: bytes, names: Names, *, made: bool = False) -> bytes:
 
 
 def names_in(content: bytes) -> dict[str, str]:
-    """Return the names that the block (or the remains of one) in `content` holds, whatever their domain."""
-    return _parse(content).names
+    """Return the names that the block (or what is left of one) in `content` holds, whatever their domain."""
+    lines = (line for part in _parse(content).ours for line in _LINE.finditer(part))
+    return {line["name"].decode(): line["address"].decode() for line in lines}
 
 
 def _lines(names: Names) -> list[bytes]:
-    lines = [(address, f"{address}\t{name}\n".encode()) for name, address in names.items()]
-    for _, line in lines:
-        if _ours(line) is None:
-            raise ValueError(f"{line!r} is no line of a guest")
-    return [line for _, line in sorted(lines, key=lambda pair: (inet_pton(AF_INET, pair[0]), pair[1]))]
-
-
-def _ours(line: bytes) -> tuple[str, str] | None:
-    """Return name and address if `line` has the shape of ours."""
-    match = _LINE.fullmatch(line)
-    if match is None:
-        return None
-    address = match[1].decode()
-    try:
-        offset = int.from_bytes(inet_pton(AF_INET, address), "big") - POOL_FIRST
-    except OSError:
-        return None
-    if not 0 <= offset < BLOCK_SIZE * POOL_BLOCKS or offset % BLOCK_SIZE != 2:
-        return None
-    return match[2].decode(), address
+    pairs = sorted((inet_aton(address), f"{address}\t{name}\n".encode()) for name, address in names.items())
+    for _, line in pairs:
+        if not _LINE.fullmatch(line):
+            raise ValueError(f"{line!r} is not a guest's line")
+    return [line for _, line in pairs]
 
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What is not ours, before and after the place of the block; whether there is one, its note and its names."""
+    """What is not ours, before and after the place of the block; whether there is one, its note, its lines.
+
+    `ours` are stretches of the content: each line in them that has the shape of ours is ours.
+    """
 
     before: bytes
     after: bytes
     block: bool
     note: bytes
-    names: dict[str, str]
+    ours: list[bytes]
 
 
 def _parse(content: bytes) -> _Found:
+    """Tell our lines from those of others, also where markers were lost or doubled.
+
+    Between a begin and an end all lines of our shape are ours. Where one of the two is missing it is those that touch
+    the other: nothing says how far the block went.
+    """
     markers = list(_MARKER.finditer(content))
     if not markers:
-        return _Found(content, b"", False, b"", {})
-    names: dict[str, str] = {}
-    pieces: list[bytes] = []
+        return _Found(content, b"", False, b"", [])
+    note = next((marker["note"] or b"" for marker in markers if marker["begin"]), b"")
     starts = [0, *(marker.end() for marker in markers)]
     ends = [*(marker.start() for marker in markers), len(content)]
-    opened = False
-    for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        closes = index < len(markers) and not markers[index]["begin"]
-        pieces.append(_foreign(content[start:end], opened, closes, names))
-        opened = index < len(markers) and not closes
-    note = next((marker["note"] or b"" for marker in markers if marker["begin"]), b"")
-    return _Found(pieces[0], b"".join(pieces[1:]), True, note, names)
+    opens = [False, *(bool(marker["begin"]) for marker in markers)]
+    closes = [*(not marker["begin"] for marker in markers), False]
+    foreign, ours = [], []
+    for start, end, opened, closed in zip(starts, ends, opens, closes, strict=True):
+        part = content[start:end]
+        first = 0 if opened or not closed else _last_run(part)
+        last = len(part) if closed else _first_run(part) if opened else 0
+        foreign.append(part[:first] + _LINE.sub(b"", part[first:last]) + part[last:])
+        ours.append(part[first:last])
+    return _Found(foreign[0], b"".join(foreign[1:]), True, note, ours)
 
 
-def _foreign(segment: bytes, opened: bool, closed: bool, names: dict[str, str]) -> bytes:
-    """Return what is not ours of the lines between two markers, and put what is ours into `names`.
-
-    Between a begin and an end all lines of our shape are ours. Where one of the two is missing it is those that
-    touch the other: nothing says how far the block went.
-    """
-    if not opened and not closed:
-        return segment
-    lines = re.findall(rb"[^\n]*\n|[^\n]+", segment)
-    guests = [_ours(line) for line in lines]
-    first, last = 0, len(lines)
-    if not closed:
-        last = next((i for i, guest in enumerate(guests) if guest is None), last)
-    if not opened:
-        first = next((i + 1 for i in reversed(range(last)) if guests[i] is None), 0)
-    names.update(guest for guest in guests[first:last] if guest is not None)
-    return b"".join(line for i, line in enumerate(lines) if guests[i] is None or not first <= i < last)
+def _first_run(part: bytes) -> int:
+    """Return where the lines of our shape that `part` begins with end."""
+    end = 0
+    while line := _LINE.match(part, end):
+        end = line.end()
+    return end
 
 
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """A hosts file as it was at one moment: two that are equal are the same file, unchanged."""
-
-    content: bytes
-    identity: tuple[int, ...]
-    mode: int
-    uid: int
-    gid: int
+def _last_run(part: bytes) -> int:
+    """Return where the lines of our shape that `part` ends with begin."""
+    start = len(part)
+    for line in reversed(list(_LINE.finditer(part))):
+        if line.end() != start:
+            break
+        start = line.start()
+    return start
 
 
 class HostsFile:
     """The hosts file at `path`, a symbolic link or not, existing or not.
 
-    A new version is written beside it as `.NAME.vmnet` and renamed over it, so that it is either old or new whenever
-    a writer is killed; what such a writer leaves is taken up by the next `update()`. Where the file cannot be
-    replaced (a bind mount), the new version is written into it, with `.NAME.vmnet` as the journal to finish from.
-    Every method raises `HostsFileUnwritable` where the system refuses.
+    A new version is written beside it as `.NAME.vmnet` and renamed over it: whenever a writer is killed, the file is
+    either old or new. Where it cannot be replaced (a bind mount), the new version is written into it, and
+    `.NAME.vmnet` is the journal from which the next `update()` finishes what a killed one began. Every method raises
+    `HostsFileUnwritable` where the system refuses.
     """
 
     def __init__(self, path: Path) -> None:
@@ -180,7 +158,8 @@ class HostsFile:
         """Return whether `update(names)` has nothing to do: the block is right and no writer left anything behind."""
         with self._explained():
             real = os.path.realpath(self.path)
-            return not os.path.lexists(_temp(real)) and _is_settled(_look(real), names)
+            seen = _look(real)
+            return not os.path.lexists(_temp(real)) and _desired(seen, names) == (seen and seen.content)
 
     def update(self, names: Names | Callable[[], Names]) -> None:
         """Make the block hold just `names`.
@@ -209,75 +188,115 @@ class HostsFile:
             ) from error
 
 
-def _temp(real: str) -> str:
-    folder, name = os.path.split(real)
-    return os.path.join(folder, f".{name}.vmnet")
+_PATIENCE = 5.0  # seconds; a turn takes milliseconds: whoever holds the lock longer is stuck, or none of us
+_TRIES = 100
+_PAGE = 4096
+_JOURNAL = re.compile(rb"vmnet hosts journal (\d+) ([0-9a-f]{64})\n")
+
+# What forbids a replacement but may allow writing into the file that is there: EBUSY is a bind mount, EROFS a writable
+# file mounted into a read-only system, EINVAL an owner for whom this user namespace has no number.
+_NOT_REPLACEABLE = {errno.EBUSY, errno.EXDEV, errno.EROFS, errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP}
+
+# The kernel computes these from the content: a copy would be wrong.
+_COMPUTED_XATTRS = {"security.ima", "security.evm"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A hosts file at one moment; equal if it is the same file, unchanged in content and attributes."""
+
+    content: bytes
+    identity: tuple[int, ...]
 
 
 def _look(real: str) -> _Seen | None:
     try:
-        fd = os.open(real, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        # O_NONBLOCK: a FIFO must not make us wait for its other end.
+        with open(real, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "it is not a regular file")
+            return _Seen(file.read(), (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns))
     except FileNotFoundError:
         return None
-    with open(fd, "rb") as file:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "it is not a regular file")
-        identity = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
-        return _Seen(file.read(), identity, stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid)
 
 
 def _desired(seen: _Seen | None, names: Names) -> bytes | None:
     """Return what the file must hold; None: there must be none."""
     if seen is None:
         return render(b"", names, made=True) if names else None
-    content = render(seen.content, names)
-    return None if not content and _parse(seen.content).note == _MADE else content
+    return render(seen.content, names) or (None if _parse(seen.content).note == _MADE else b"")
 
 
-def _is_settled(seen: _Seen | None, names: Names) -> bool:
-    return _desired(seen, names) == (seen.content if seen else None)
+def _temp(real: str) -> str:
+    folder, name = os.path.split(real)
+    return os.path.join(folder, f".{name}.vmnet")
 
 
 def _take_turn(real: str, ask: Callable[[], Names]) -> bool:
-    """Write the file once, under the lock; return False if somebody else changed it meanwhile."""
+    """Write the file once, under the lock; return False if it must be tried again."""
     temp = _temp(real)
     try:
         turn = _lock(temp)
     except OSError as error:
-        if error.errno not in _NOT_REPLACEABLE:
+        if error.errno not in _NOT_REPLACEABLE or not os.path.lexists(real):
             raise
         return _write_without_temp(real, ask)
     try:
-        _finish(real, turn)
-        seen, names = _look(real), ask()
-        if _is_settled(seen, names):
-            os.unlink(temp)
-            return True
-        return _write(real, temp, turn, seen, _desired(seen, names))
+        return _write(real, temp, turn, ask)
     finally:
+        if _is_at(turn, temp) and _unfinished(real, turn) is None:
+            os.unlink(temp)
         os.close(turn)
 
 
-def _lock(temp: str) -> int:
-    """Create or take over the temporary file, and return it open and locked.
+def _write(real: str, temp: str, turn: int, ask: Callable[[], Names]) -> bool:
+    if os.fstat(turn).st_size:
+        if new := _unfinished(real, turn):
+            _overwrite(real, new)
+        return False
+    seen = _look(real)
+    content = _desired(seen, ask())
+    if content == (seen and seen.content):
+        return True
+    try:
+        return _replace(real, temp, turn, seen, content)
+    except OSError as error:
+        if seen is None or error.errno not in _NOT_REPLACEABLE:
+            raise
+    return _write_in_place(real, temp, turn, seen, content or b"")
 
-    It is the lock, too: nothing else is left behind, and unlike the folder or the hosts file, which every user can
-    open and so hold a lock on for ever, it is root's alone.
+
+def _lock(temp: str) -> int:
+    """Return the temporary file, open and locked: empty, or what a killed writer left.
+
+    It is the lock as well, so that no other file is left behind. Every user can open the folder and the hosts file,
+    and so hold a lock on them for ever; this one is root's alone until just before it is renamed.
     """
     deadline = time.monotonic() + _PATIENCE
     while True:
         fd = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
-        with suppress(BlockingIOError):
+        try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(fd, temp):
+            if _is_at(fd, temp) and _is_our_own(fd):
                 return fd
-        os.close(fd)
-        if time.monotonic() > deadline:
+            discard = True
+        except BlockingIOError:
+            discard = time.monotonic() > deadline
+            if discard and _is_our_own(fd):
+                raise TimeoutError(errno.ETIMEDOUT, f"another process has been writing it for {_PATIENCE:g} s") from None
+        if discard and _is_at(fd, temp):
             with suppress(FileNotFoundError):
                 os.unlink(temp)
-            deadline = time.monotonic() + _PATIENCE
+        os.close(fd)
         time.sleep(0.002)
+
+
+def _is_our_own(fd: int) -> bool:
+    """Return whether nobody else can have opened this file, or reach it by another name."""
+    status = os.fstat(fd)
+    private = not status.st_mode & 0o077 and status.st_uid == os.geteuid()
+    return private and stat.S_ISREG(status.st_mode) and status.st_nlink == 1
 
 
 def _is_at(fd: int, path: str) -> bool:
@@ -287,30 +306,19 @@ def _is_at(fd: int, path: str) -> bool:
         return False
 
 
-def _write(real: str, temp: str, turn: int, seen: _Seen | None, content: bytes | None) -> bool:
-    try:
-        if content is not None:
-            _fill(turn, content)
-            _dress(turn, real, seen)
-            os.fsync(turn)
-        if not _is_at(turn, temp) or _look(real) != seen:
-            return False
-        if content is None:
-            os.unlink(real)
-            os.unlink(temp)
-        else:
-            os.rename(temp, real)
-        return True
-    except OSError as error:
-        if seen is None or error.errno not in _NOT_REPLACEABLE:
-            os.unlink(temp)
-            raise
-    return _write_in_place(real, seen, content or b"", temp, turn)
-
-
-def _fill(fd: int, content: bytes) -> None:
-    os.ftruncate(fd, 0)
-    _put(fd, content, 0)
+def _replace(real: str, temp: str, turn: int, seen: _Seen | None, content: bytes | None) -> bool:
+    if content is not None:
+        _put(turn, content, 0)
+        _dress(turn, real, seen)
+        os.fsync(turn)
+    # What others do to the file between here and the next call is lost; rename(2) has no way to ask.
+    if not _is_at(turn, temp) or _look(real) != seen:
+        return False
+    if content is None:
+        os.unlink(real)
+    else:
+        os.rename(temp, real)
+    return True
 
 
 def _put(fd: int, content: bytes, offset: int) -> None:
@@ -327,15 +335,76 @@ def _dress(fd: int, real: str, seen: _Seen | None) -> None:
     if seen is None:
         os.fchmod(fd, 0o644)
         return
-    os.fchown(fd, seen.uid, seen.gid)
-    os.fchmod(fd, seen.mode)
+    status = os.stat(real)
+    os.fchown(fd, status.st_uid, status.st_gid)
+    os.fchmod(fd, stat.S_IMODE(status.st_mode))
     if sys.platform == "linux":
-        wanted = {name: os.getxattr(real, name) for name in os.listxattr(real) if name not in _COMPUTED_XATTRS}
-        # A default ACL of the folder gives the new file entries that the old one need not have.
-        for name in set(os.listxattr(fd)) - set(wanted) - _COMPUTED_XATTRS:
+        wanted = set(os.listxattr(real)) - _COMPUTED_XATTRS
+        # A default ACL of the folder gives a new file entries that the old one need not have.
+        for name in set(os.listxattr(fd)) - wanted - _COMPUTED_XATTRS:
             os.removexattr(fd, name)
-        for name, value in wanted.items():
-            os.setxattr(fd, name, value)
+        for name in wanted:
+            os.setxattr(fd, name, os.getxattr(real, name))
+
+
+def _write_in_place(real: str, temp: str, turn: int, seen: _Seen, content: bytes) -> bool:
+    os.ftruncate(turn, 0)
+    os.fchown(turn, os.geteuid(), os.getegid())
+    os.fchmod(turn, 0o600)
+    digest = hashlib.sha256(seen.content + content).hexdigest()
+    _put(turn, f"vmnet hosts journal {len(seen.content)} {digest}\n".encode() + seen.content + content, 0)
+    os.fsync(turn)
+    if not _is_at(turn, temp) or _look(real) != seen:
+        os.ftruncate(turn, 0)
+        return False
+    _overwrite(real, content)
+    return True
+
+
+def _unfinished(real: str, turn: int) -> bytes | None:
+    """Return what must be written to the file if `turn` is the journal of a writing in place that was cut short."""
+    journal = os.pread(turn, os.fstat(turn).st_size, 0)
+    head = _JOURNAL.match(journal)
+    if head is None or hashlib.sha256(journal[head.end() :]).hexdigest().encode() != head[2]:
+        return None
+    middle = head.end() + int(head[1])
+    old, new = journal[head.end() : middle], journal[middle:]
+    seen = _look(real)
+    # Anything that is not a mixture was edited since: its editor saw the file as it was.
+    if seen is None or seen.content in (old, new) or not _is_mixture(seen.content, old, new):
+        return None
+    return new
+
+
+def _is_mixture(content: bytes, old: bytes, new: bytes) -> bool:
+    """Return whether each byte of `content` is the one that `old` or the one that `new` has in its place."""
+    if not min(len(old), len(new)) <= len(content) <= max(len(old), len(new)):
+        return False
+    return all(byte in pair for byte, *pair in zip_longest(content, old[: len(content)], new[: len(content)]))
+
+
+def _overwrite(real: str, new: bytes) -> None:
+    """Turn the content of the file into `new` so that at every moment no byte outside the block is missing.
+
+    What makes the file longer comes first: a full disk is met before anything is touched. What follows the block
+    moves: from its end if the block grows and from its start if it shrinks, a page at a time, since that is where
+    the kernel looks for a fatal signal (generic_perform_write, mm/filemap.c).
+    """
+    fd = os.open(real, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        size = os.fstat(fd).st_size
+        try:
+            _put(fd, new[size:], size)
+        except OSError:
+            os.ftruncate(fd, size)
+            raise
+        starts = range(0, min(size, len(new)), _PAGE)
+        for start in reversed(starts) if len(new) > size else starts:
+            _put(fd, new[start : min(start + _PAGE, size)], start)
+        os.ftruncate(fd, len(new))
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _write_without_temp(real: str, ask: Callable[[], Names]) -> bool:
@@ -348,73 +417,12 @@ def _write_without_temp(real: str, ask: Callable[[], Names]) -> bool:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             time.sleep(0.002)
-        seen, names = _look(real), ask()
-        if seen is None or not _is_at(fd, real):
+        seen = _look(real)
+        content = _desired(seen, ask()) or b""
+        if not _is_at(fd, real) or _look(real) != seen:
             return False
-        _overwrite(fd, seen.content, _desired(seen, names) or b"")
+        if seen and seen.content != content:
+            _overwrite(real, content)
         return True
     finally:
         os.close(fd)
-
-
-def _write_in_place(real: str, seen: _Seen, content: bytes, temp: str, turn: int) -> bool:
-    fd = -1
-    try:
-        fd = os.open(real, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-        os.fchmod(turn, 0o600)
-        digest = hashlib.sha256(seen.content + content).hexdigest()
-        head = f"vmnet hosts journal {len(seen.content)} {len(content)} {digest}\n".encode()
-        _fill(turn, head + seen.content + content)
-        os.fsync(turn)
-        if not _is_at(turn, temp) or _look(real) != seen:
-            return False
-        _overwrite(fd, seen.content, content)
-        os.unlink(temp)
-        return True
-    finally:
-        if fd >= 0:
-            os.close(fd)
-
-
-def _overwrite(fd: int, old: bytes, new: bytes) -> None:
-    """Turn the content of `fd` from `old` into `new` so that, at every moment, all foreign bytes are there.
-
-    The part that makes the file longer comes first: a full disk is met before anything is touched. What follows the
-    block moves; it goes from the end if the block grows and from the start if it shrinks, a page at a time (the
-    kernel looks for a fatal signal between pages, generic_perform_write in mm/filemap.c).
-    """
-    try:
-        _put(fd, new[len(old) :], len(old))
-    except OSError:
-        os.ftruncate(fd, len(old))
-        raise
-    starts = range(0, min(len(old), len(new)), _PAGE)
-    for start in reversed(starts) if len(new) > len(old) else starts:
-        _put(fd, new[start : min(start + _PAGE, len(old))], start)
-    os.ftruncate(fd, len(new))
-    os.fsync(fd)
-
-
-def _finish(real: str, turn: int) -> None:
-    """Finish what a writer that was killed while writing in place left half done."""
-    journal = os.pread(turn, os.fstat(turn).st_size, 0)
-    head = _JOURNAL.match(journal)
-    if head is None or hashlib.sha256(journal[head.end() :]).hexdigest().encode() != head[3]:
-        return
-    middle = head.end() + int(head[1])
-    old, new = journal[head.end() : middle], journal[middle:]
-    seen = _look(real)
-    if seen is None or not _is_mixture(seen.content, old, new):
-        return
-    fd = os.open(real, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        _overwrite(fd, seen.content, new)
-    finally:
-        os.close(fd)
-
-
-def _is_mixture(content: bytes, old: bytes, new: bytes) -> bool:
-    """Return whether `content` is what `_overwrite(old, new)`, stopped on the way, leaves (anything else was edited)."""
-    if not min(len(old), len(new)) <= len(content) <= max(len(old), len(new)):
-        return False
-    return all(byte in (old[i : i + 1] + new[i : i + 1]) for i, byte in enumerate(content))
