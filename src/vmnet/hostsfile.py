@@ -73,11 +73,14 @@ def names_in(content: bytes) -> dict[str, str]:
 
 
 def _lines(names: Names) -> list[bytes]:
-    pairs = sorted((inet_aton(address), f"{address}\t{name}\n".encode()) for name, address in names.items())
-    for _, line in pairs:
-        if not _LINE.fullmatch(line):
+    lines = []
+    for name, address in names.items():
+        line = f"{address}\t{name}\n".encode()
+        match = _LINE.fullmatch(line)
+        if match is None or match.end("name") != len(line) - 1:
             raise ValueError(f"{line!r} is not a guest's line")
-    return [line for _, line in pairs]
+        lines.append((inet_aton(address), line))
+    return [line for _, line in sorted(lines)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,10 +216,12 @@ def _look(real: str) -> _Seen | None:
     try:
         # O_NONBLOCK: a FIFO must not make us wait for its other end.
         with open(real, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise OSError(errno.EINVAL, "it is not a regular file")
-            return _Seen(file.read(), (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns))
+            content = file.read()
+        # By its path and last, so that a change during the reading makes this look unequal to the next.
+        status = os.stat(real)
+        return _Seen(content, (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns))
     except FileNotFoundError:
         return None
 
@@ -284,7 +289,8 @@ def _lock(temp: str) -> int:
         except BlockingIOError:
             discard = time.monotonic() > deadline
             if discard and _is_our_own(fd):
-                raise TimeoutError(errno.ETIMEDOUT, f"another process has been writing it for {_PATIENCE:g} s") from None
+                os.close(fd)
+                raise TimeoutError(errno.ETIMEDOUT, f"a writer has held it for {_PATIENCE:g} s") from None
         if discard and _is_at(fd, temp):
             with suppress(FileNotFoundError):
                 os.unlink(temp)
