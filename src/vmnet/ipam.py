@@ -41,20 +41,21 @@ def merge(extents: Iterable[Extent]) -> list[Extent]:
 
 
 def subtract(extents: Sequence[Extent], taken: Iterable[Extent]) -> list[Extent]:
-    """Return what of `extents` lies in none of `taken`; both sorted, the second may overlap itself."""
+    """Return what of the sorted `extents` lies in none of the sorted `taken`; neither overlaps itself."""
     rest: list[Extent] = []
     holes = iter(taken)
     hole = next(holes, None)
     for lo, hi in extents:
+        start = lo
         while hole is not None and hole[0] < hi:
-            if hole[0] > lo:
-                rest.append((lo, hole[0]))
-            lo = max(lo, hole[1])
+            if hole[0] > start:
+                rest.append((start, hole[0]))
+            start = max(start, hole[1])
             if hole[1] >= hi:
                 break
             hole = next(holes, None)
-        if lo < hi:
-            rest.append((lo, hi))
+        if start < hi:
+            rest.append((start, hi))
     return rest
 
 

@@ -1,22 +1,24 @@
 """Keep the records: who holds which block, which blocks are free, and which host they belong to.
 
 One SQLite file, `vmnet.db`, that root writes and everybody may read. Every method is one transaction of its own, so
-nothing stays locked between two calls; 16 processes may write at once, and one killed at any point leaves the last
-committed state to all, readers without any right to write included (docs/decisions/records.md says how). A store
-is for one thread. Every method raises `RecordsUnreadable` for a damaged file, `Conflict` for one of a newer vmnet or
-one kept locked, `NotPermitted` without the right to read or write it, `KernelRefused` for a full or read-only disk.
+nothing stays locked between two calls; any number of processes may write at once, and one killed at any point leaves
+the last committed state to all, readers without any right to write included (docs/decisions/records.md says how). A
+store is for one thread of one process: a fork opens its own. Every method raises `RecordsUnreadable` for a damaged
+file, `Conflict` for one of a newer vmnet or one kept locked, `NotPermitted` without the right to read or write it,
+`KernelRefused` for a full or read-only disk.
 """
 
 import errno
 import fcntl
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, Self, TypeAlias, TypeVar
 
 from netaddr import IPAddress
 
@@ -33,12 +35,18 @@ from vmnet.model import (
     NoSuchGuest,
     NotPermitted,
     PoolExhausted,
+    UsageError,
     VmnetError,
     Wish,
 )
 
 APPLICATION_ID = 0x766D6E74  # "vmnt", for file(1) and for us
-LOCK_WAIT = 30.0  # seconds; 16 busy writers make one wait for about one
+LOCK_WAIT = 30.0  # seconds
+JOURNAL_KEPT = 1 << 20  # bytes
+# SQLite's own wait sleeps up to 0.1 s between two looks: of 16 busy writers one then waited 1.8 s, with this 0.4 s.
+LOCK_NAP = 0.004
+
+_T = TypeVar("_T")
 
 # Each step leads from the schema before it to the next; a file's user_version is the number of steps behind it.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
@@ -50,7 +58,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             created TEXT NOT NULL) STRICT""",
         # What the pool last used allows, reservations taken off; and the part of it that nobody ever had.
         "CREATE TABLE allocatable (lo INTEGER PRIMARY KEY, hi INTEGER NOT NULL) STRICT",
-        "CREATE TABLE unused (lo INTEGER PRIMARY KEY, hi INTEGER NOT NULL) STRICT",
+        "CREATE TABLE unused (hi INTEGER PRIMARY KEY, lo INTEGER NOT NULL) STRICT",
         # The queue of blocks that were given back: the lowest turn has been free longest.
         """CREATE TABLE freed (
             turn INTEGER PRIMARY KEY, block INTEGER NOT NULL UNIQUE, name TEXT NOT NULL, freed REAL NOT NULL,
@@ -125,18 +133,7 @@ class Store:
                 return cls(path, _connect_reader(path), write=False)
             _make_directory(path.parent)
             _make_file(path)
-            db = _connect(path, "rw")
-            try:
-                # Durable when COMMIT returns: the journal's header is zeroed and synced. PERSIST spares ext4 the
-                # change of a file's length, which costs more than the data.
-                db.execute("PRAGMA journal_mode = PERSIST")
-                db.execute("PRAGMA journal_size_limit = 1048576")
-                db.execute("PRAGMA synchronous = FULL")
-                _migrate(db, path)
-            except BaseException:
-                db.close()
-                raise
-            return cls(path, db, write=True)
+            return cls(path, _patiently(lambda: _connect_writer(path)), write=True)
 
     def close(self) -> None:
         """Close the file; closing twice is harmless."""
@@ -188,7 +185,6 @@ class Store:
     def preview(self, requests: Sequence[LeaseRequest], *, pool: Pool, created: str) -> list[Lease]:
         """Return and raise what `allocate` would, and write nothing; works on a copy in memory of all records."""
         with self._reading() as db, closing(_copy_to_memory(db)) as copy:
-            _migrate(copy, self._path)
             return _allocate(copy, requests, pool, created)
 
     def set_wish(self, names: Sequence[str], wish: Wish) -> None:
@@ -198,11 +194,12 @@ class Store:
                 if not db.execute("UPDATE lease SET wish = ? WHERE name = ?", (wish, name)).rowcount:
                     raise _no_such_guest(name)
 
-    def set_netns(self, name: str, netns: Netns) -> None:
-        """Record where the guest lives now; raise `NoSuchGuest` for a name without a lease."""
+    def set_netns(self, places: Mapping[str, Netns]) -> None:
+        """Record where guests live now, by name, all or none; raise `NoSuchGuest` for a name without a lease."""
         with self._writing() as db:
-            if not db.execute(f"UPDATE lease SET {_NETNS_SET} WHERE name = ?", (*_netns_row(netns), name)).rowcount:
-                raise _no_such_guest(name)
+            for name, netns in places.items():
+                if not db.execute(f"UPDATE lease SET {_NETNS_SET} WHERE name = ?", (*_netns_row(netns), name)).rowcount:
+                    raise _no_such_guest(name)
 
     def release(self, names: Sequence[str], *, freed: float) -> None:
         """Drop the leases of `names`; their blocks join the queue of freed ones in that order.
@@ -257,22 +254,25 @@ class Store:
     def purge(self) -> None:
         """Forget everything: leases, freed blocks, reservations, the host. The file stays, empty of records."""
         with self._writing() as db:
-            for table in ("lease", "allocatable", "unused", "freed", "reservation", "pool", "host"):
+            for (table,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
                 db.execute(f"DELETE FROM {table}")
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        if self._db is None or not self._write:
+        db = self._db
+        if db is None or not self._write:
             raise RuntimeError("this store is not open for writing")
-        with _explained(self._path):
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                _check_version(self._db, self._path)
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                self._db.rollback()
-                raise
+        try:
+            _patiently(lambda: db.execute("BEGIN IMMEDIATE"))
+            _check_version(db, self._path)
+            yield db
+            _patiently(lambda: db.execute("COMMIT"))  # waits for readers; those to come wait for it
+        except UnicodeEncodeError as error:
+            raise UsageError(f"{error.object!r} is not text that can be recorded") from error
+        except (sqlite3.Error, OSError) as error:
+            raise _explain(error, self._path) from error
+        finally:
+            db.rollback()  # does nothing after the commit
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -295,7 +295,6 @@ _IS_ALLOCATABLE = "coalesce((SELECT hi > {0} FROM allocatable WHERE lo <= {0} OR
 
 def _allocate(db: sqlite3.Connection, requests: Sequence[LeaseRequest], pool: Pool, created: str) -> list[Lease]:
     _adopt_pool(db, pool)
-    _refuse_known_names(db, requests)
     blocks: dict[str, int] = {}
     for request in requests:
         if request.address is not None:
@@ -306,18 +305,14 @@ def _allocate(db: sqlite3.Connection, requests: Sequence[LeaseRequest], pool: Po
     others = [request.name for request in requests if request.name not in blocks]
     blocks.update(zip(others, _take_next(db, len(others)), strict=True))
     leases = [_new_lease(request, Block(blocks[request.name]), created) for request in requests]
-    db.executemany(_INSERT_LEASE, map(_lease_row, leases))
+    for lease in leases:
+        try:
+            db.execute(_INSERT_LEASE, _lease_row(lease))
+        except sqlite3.IntegrityError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_CONSTRAINT_UNIQUE:
+                raise
+            raise Conflict(f"{lease.name} exists already", hint=f"vmnet show {lease.name}") from None
     return leases
-
-
-def _refuse_known_names(db: sqlite3.Connection, requests: Sequence[LeaseRequest]) -> None:
-    seen = set()
-    for request in requests:
-        if request.name in seen:
-            raise Conflict(f"{request.name} is asked for twice")
-        seen.add(request.name)
-        if db.execute("SELECT 1 FROM lease WHERE name = ?", (request.name,)).fetchone():
-            raise Conflict(f"{request.name} exists already", hint=f"vmnet show {request.name}")
 
 
 def _take_address(db: sqlite3.Connection, address: IPAddress, pool: Pool) -> int:
@@ -331,10 +326,11 @@ def _take_address(db: sqlite3.Connection, address: IPAddress, pool: Pool) -> int
             raise Conflict(f"{address} is reserved: {one.reason}", hint="ask for another address, or for none")
     if db.execute("DELETE FROM freed WHERE block = ?", (block,)).rowcount:
         return block
-    lo, hi = db.execute("SELECT lo, hi FROM unused WHERE lo <= ? ORDER BY lo DESC LIMIT 1", (block,)).fetchone()
-    db.execute("DELETE FROM unused WHERE lo = ?", (lo,))
-    rest = subtract([(lo, hi)], [(block, block + 1)])
-    db.executemany("INSERT INTO unused (lo, hi) VALUES (?, ?)", rest)
+    extent = db.execute("SELECT lo, hi FROM unused WHERE lo <= ?1 AND hi > ?1 ORDER BY hi LIMIT 1", (block,)).fetchone()
+    if extent is None:
+        raise Conflict(f"{address} is asked for twice")
+    db.execute("DELETE FROM unused WHERE hi = ?", (extent[1],))
+    db.executemany("INSERT INTO unused (lo, hi) VALUES (?, ?)", subtract([extent], [(block, block + 1)]))
     return block
 
 
@@ -353,16 +349,16 @@ def _take_next(db: sqlite3.Connection, wanted: int) -> list[int]:
     """Take `wanted` blocks: never-used ones from the lowest, then freed ones in their order."""
     taken: list[int] = []
     while len(taken) < wanted:
-        extent = db.execute("SELECT lo, hi FROM unused ORDER BY lo LIMIT 1").fetchone()
+        extent = db.execute("SELECT lo, hi FROM unused ORDER BY hi LIMIT 1").fetchone()
         if extent is None:
             break
         lo, hi = extent
         cut = min(hi, lo + wanted - len(taken))
         taken.extend(range(lo, cut))
         if cut == hi:
-            db.execute("DELETE FROM unused WHERE lo = ?", (lo,))
+            db.execute("DELETE FROM unused WHERE hi = ?", (hi,))
         else:
-            db.execute("UPDATE unused SET lo = ? WHERE lo = ?", (cut, lo))
+            db.execute("UPDATE unused SET lo = ? WHERE hi = ?", (cut, hi))
     if len(taken) == wanted:
         return taken
     rows = db.execute(
@@ -428,7 +424,7 @@ def _new_lease(request: LeaseRequest, block: Block, created: str) -> Lease:
     )
 
 
-_NetnsRow = tuple[str | None, bool | None, int | None, int | None, str | None]
+_NetnsRow: TypeAlias = tuple[str | None, bool | None, int | None, int | None, str | None]
 
 
 def _netns_row(netns: Netns | None) -> _NetnsRow:
@@ -486,9 +482,13 @@ def _make_directory(directory: Path) -> None:
 
 
 def _make_file(path: Path) -> None:
+    """Make the file if it is missing; raise `PermissionError` for one that the caller may not write."""
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644)
     except FileExistsError:
+        # SQLite would open it for reading alone, and complain at the first write.
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path)) from None
         return
     # SQLite gives its journal the mode of the file itself.
     os.fchmod(descriptor, 0o644)
@@ -496,7 +496,21 @@ def _make_file(path: Path) -> None:
 
 
 def _connect(path: Path, mode: Literal["ro", "rw"]) -> sqlite3.Connection:
-    return sqlite3.connect(f"{path.as_uri()}?mode={mode}", uri=True, isolation_level=None, timeout=LOCK_WAIT)
+    return sqlite3.connect(f"{path.as_uri()}?mode={mode}", uri=True, isolation_level=None, timeout=0)
+
+
+def _connect_writer(path: Path) -> sqlite3.Connection:
+    db = _connect(path, "rw")
+    try:
+        # Durable when COMMIT returns: the journal's header is zeroed, and that is synced.
+        db.execute("PRAGMA journal_mode = PERSIST")
+        db.execute(f"PRAGMA journal_size_limit = {JOURNAL_KEPT}")
+        db.execute("PRAGMA synchronous = FULL")
+        _migrate(db, path)
+    except BaseException:
+        db.close()
+        raise
+    return db
 
 
 def _connect_reader(path: Path) -> sqlite3.Connection | None:
@@ -556,7 +570,7 @@ def _snapshot(path: Path, db: sqlite3.Connection | None) -> Iterator[sqlite3.Con
     try:
         db.execute("BEGIN")
         try:
-            version = _check_version(db, path)
+            version = _patiently(lambda: _check_version(db, path))
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode != sqlite3.SQLITE_READONLY_ROLLBACK:
                 raise
@@ -587,13 +601,14 @@ def _copy_rolled_back(path: Path) -> sqlite3.Connection:
     held nobody can change the file, neither commit nor roll back, and a journal begun meanwhile holds only what the
     file holds: so the two copies fit together.
     """
+    # Rare, and 7 ms to import.
     import shutil
     import tempfile
 
     shared_first, shared_size = 0x40000002, 510
     # Closing any descriptor of a file drops all of a process's locks on it: copy from the one that holds the lock.
     with path.open("rb") as file, tempfile.TemporaryDirectory(prefix="vmnet-") as directory:
-        fcntl.lockf(file, fcntl.LOCK_SH, shared_size, shared_first)
+        _patiently(lambda: fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB, shared_size, shared_first))
         copy = Path(directory) / path.name
         with copy.open("wb") as target:
             shutil.copyfileobj(file, target)
@@ -602,47 +617,67 @@ def _copy_rolled_back(path: Path) -> sqlite3.Connection:
             return _copy_to_memory(db)
 
 
+def _patiently(step: Callable[[], _T]) -> _T:
+    """Return what `step` does, trying again for `LOCK_WAIT` seconds while others have the file locked."""
+    give_up = None
+    while True:
+        try:
+            return step()
+        except (sqlite3.OperationalError, BlockingIOError) as error:
+            give_up = give_up or time.monotonic() + LOCK_WAIT
+            if not _is_locked(error) or time.monotonic() > give_up:
+                raise
+        time.sleep(os.urandom(1)[0] / 255 * LOCK_NAP)  # `random` takes 2 ms to import
+
+
+def _is_locked(error: sqlite3.Error | OSError) -> bool:
+    return isinstance(error, BlockingIOError) or getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
+
+
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
     """Turn what SQLite and the system say about the file into errors for people."""
     try:
         yield
-    except sqlite3.Error as error:
-        raise _explain_sqlite(error, path) from error
-    except OSError as error:
+    except (sqlite3.Error, OSError) as error:
+        raise _explain(error, path) from error
+
+
+def _explain(error: sqlite3.Error | OSError, path: Path) -> Exception:
+    """Return the error for people; one that only a mistake of ours brings about is returned as it is."""
+    if _is_locked(error):
+        return Conflict(
+            f"{path} stayed locked for {LOCK_WAIT:g} seconds",
+            hint=f"lsof {path} shows the processes that have it open; end the one that hangs",
+        )
+    if isinstance(error, OSError):
         if error.errno in (errno.EACCES, errno.EPERM):
-            raise _not_permitted(path) from error
-        raise KernelRefused(f"{error.filename or path}: {error.strerror}") from error
-
-
-def _explain_sqlite(error: sqlite3.Error, path: Path) -> VmnetError:
+            return _refused(path, error.strerror or "")
+        return KernelRefused(f"{error.filename or path}: {error.strerror}")
     match getattr(error, "sqlite_errorcode", 0) & 0xFF:
-        case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB | sqlite3.SQLITE_ERROR | sqlite3.SQLITE_MISMATCH:
+        case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM:
+            return _refused(path, str(error))
+        case sqlite3.SQLITE_FULL | sqlite3.SQLITE_IOERR:
+            return KernelRefused(f"{path}: {error}", hint=f"df {path.parent} shows whether the disk is full")
+        case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB | sqlite3.SQLITE_ERROR:
             return _unreadable(path, str(error))
-        case sqlite3.SQLITE_BUSY:
-            return Conflict(
-                f"{path} stayed locked for {LOCK_WAIT:.0f} seconds",
-                hint=f"lsof {path} shows the processes that have it open; end the one that hangs",
-            )
-        case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM if _is_forbidden(path):
-            return _not_permitted(path)
-        case sqlite3.SQLITE_FULL | sqlite3.SQLITE_IOERR | sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN:
-            return KernelRefused(f"{path}: {error}", hint="is the disk full, or mounted read-only?")
-    raise error
+    return error
 
 
-def _is_forbidden(path: Path) -> bool:
-    if os.statvfs(path.parent).f_flag & os.ST_RDONLY:
-        return False
-    return not os.access(path, os.R_OK) or not os.access(path.parent, os.W_OK)
-
-
-def _not_permitted(path: Path) -> NotPermitted:
-    return NotPermitted(f"no right to open {path}", hint="root writes the records; VMNET_STATE_DIR names their folder")
+def _refused(path: Path, words: str) -> VmnetError:
+    """Tell a right that the caller lacks from a file that nobody may write."""
+    try:
+        read_only = bool(os.statvfs(path.parent).f_flag & os.ST_RDONLY)
+    except OSError:
+        read_only = False
+    if os.geteuid() == 0 or read_only:
+        return KernelRefused(f"{path}: {words}", hint=f"findmnt --target {path.parent} shows how it is mounted")
+    verb = "write" if os.access(path, os.R_OK) or not path.parent.exists() else "read"
+    return NotPermitted(f"user {os.geteuid()} may not {verb} {path}", hint="try it as root")
 
 
 def _unreadable(path: Path, why: str) -> RecordsUnreadable:
     return RecordsUnreadable(
         f"{path} cannot be read: {why}",
-        hint=f"put a backup in its place or move it away (mv {path} {path}.bad); vmnet restore works without records",
+        hint=f"put a backup in its place, or move it away: mv {path} {path}.bad; vmnet restore works without records",
     )
