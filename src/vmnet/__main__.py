@@ -1,0 +1,5 @@
+"""`python -m vmnet`: the command line."""
+
+from vmnet.cli import main
+
+main()

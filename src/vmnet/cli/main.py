@@ -1,0 +1,346 @@
+"""The commands. `main` alone exits, and turns what went wrong into one line, a hint and an exit code."""
+
+import json
+import os
+import pwd
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import Annotated, Any, NoReturn
+
+import typer
+from netaddr import AddrFormatError, IPAddress
+from typer.exceptions import TyperException
+
+from vmnet import __version__
+from vmnet.cli.show import Reporter, as_json, print_guests, print_ops
+from vmnet.engine import Engine, GuestSpec, Seen
+from vmnet.linux.platform import LinuxPlatform
+from vmnet.model import HostLacks, KernelRefused, Mode, NotPermitted, UsageError, VmnetError, check_name
+from vmnet.settings import Paths, load_settings
+
+app = typer.Typer(
+    name="vmnet",
+    help="Addresses for VMs and containers that no LAN can ever take.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing: exit 10 if anything.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show each step as the command that does it.")]
+Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="Names of guests.")]
+SomeNames = Annotated[list[str] | None, typer.Argument(metavar="[NAME...]", help="Names of guests.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The name of a guest.")]
+
+FOUND = 10
+
+
+class KindOption(StrEnum):
+    """The kinds of guests."""
+
+    tap = "tap"
+    veth = "veth"
+    tun = "tun"
+
+
+class _Flags:
+    """What main() has to know of the call when it failed."""
+
+    json = False
+
+
+@contextmanager
+def _engine(*, verbose: bool = False, as_json_: bool = False) -> Iterator[Engine]:
+    _Flags.json = as_json_
+    platform_name = os.environ.get("VMNET_PLATFORM") or sys.platform
+    if platform_name != "linux":
+        raise HostLacks(f"vmnet does not run on {platform_name} yet", hint="VMNET_PLATFORM=linux on Linux")
+    paths = Paths.from_environment()
+    settings = load_settings(paths.config)
+    with LinuxPlatform() as platform, Reporter(verbose=verbose) as reporter:
+        yield Engine(platform, settings, paths, reporter, _caller())
+
+
+def _caller() -> int:
+    """Return the uid behind the call: SUDO_UID, else the caller's."""
+    sudo = os.environ.get("SUDO_UID", "")
+    if os.geteuid() == 0 and sudo.isdecimal() and int(sudo) < 0xFFFFFFFF:
+        return int(sudo)
+    return os.getuid()
+
+
+@app.command(no_args_is_help=True)
+def create(
+    names: Names,
+    kind: Annotated[KindOption | None, typer.Option(help="What the guest gets; tap is the default.")] = None,
+    netns: Annotated[
+        str | None, typer.Option(metavar="NS", help="Put a veth into this network namespace: a name or a path.")
+    ] = None,
+    native: Annotated[bool, typer.Option("--native", help="The guest itself has its 127.x address.")] = False,
+    mapped: Annotated[bool, typer.Option("--mapped", help="The guest stays unmodified and has the shadow.")] = False,
+    address: Annotated[str | None, typer.Option(metavar="A", help="Ask for this address.")] = None,
+    mac: Annotated[str | None, typer.Option(metavar="M", help="The guest's MAC.")] = None,
+    mtu: Annotated[int | None, typer.Option(metavar="N", help="The MTU of the guest's devices.")] = None,
+    owner: Annotated[str | None, typer.Option(metavar="USER", help="Who may open the tap: a name or a uid.")] = None,
+    queues: Annotated[int | None, typer.Option(metavar="N", help="Queues of a tap.")] = None,
+    json_: Json = False,
+    dry_run: DryRun = False,
+    verbose: Verbose = False,
+) -> None:
+    """Give each NAME an address, its devices and its way out; carve the host if need be."""
+    _Flags.json = json_
+    if native and mapped:
+        raise UsageError("--native and --mapped exclude each other")
+    mode: Mode | None = "native" if native else "mapped" if mapped else None
+    for option, value in (("--address", address), ("--mac", mac), ("--netns", netns)):
+        if value is not None and len(names) > 1:
+            raise UsageError(f"{option} is for one guest, not for {len(names)}")
+    specs = [
+        GuestSpec(
+            name=check_name(name),
+            kind=kind.value if kind else "veth" if netns is not None else None,
+            mode=mode,
+            netns=netns,
+            address=_address(address),
+            mac=_mac(mac),
+            mtu=_between("--mtu", mtu, 576, 65535),
+            owner=_owner(owner),
+            queues=_between("--queues", queues, 1, 256),
+        )
+        for name in names
+    ]
+    with _engine(verbose=verbose, as_json_=json_) as engine:
+        leases, ops = engine.create(specs, dry_run=dry_run)
+        if dry_run:
+            _say_plan(ops, json_=json_, verbose=verbose)
+        seen = {one.lease.name: one for one in engine.look(names)}
+        _say_guests(engine, [seen[lease.name] for lease in leases], json_=json_, created=True)
+
+
+@app.command()
+def delete(
+    names: SomeNames = None,
+    every: Annotated[bool, typer.Option("--all", help="Delete all guests.")] = False,
+    if_exists: Annotated[bool, typer.Option("--if-exists", help="A name that is not there is no error.")] = False,
+    json_: Json = False,
+    dry_run: DryRun = False,
+    verbose: Verbose = False,
+) -> None:
+    """Delete guests: their devices, their names and their records."""
+    _Flags.json = json_
+    if bool(names) == every:
+        raise UsageError("give names or --all", hint="vmnet delete NAME..., or vmnet delete --all")
+    checked = None if every else [check_name(name) for name in names or ()]
+    with _engine(verbose=verbose, as_json_=json_) as engine:
+        gone, ops = engine.delete(checked, if_exists=if_exists, dry_run=dry_run)
+        if dry_run:
+            _say_plan(ops, json_=json_, verbose=verbose)
+        if json_:
+            typer.echo(json.dumps({"deleted": gone}))
+        elif sys.stdout.isatty():
+            for name in gone:
+                typer.echo(f"{name} is deleted")
+
+
+@app.command("list")
+def list_(json_: Json = False) -> None:
+    """List all guests."""
+    with _engine(as_json_=json_) as engine:
+        _say_guests(engine, engine.look(), json_=json_)
+
+
+@app.command()
+def show(name: Name, json_: Json = False) -> None:
+    """Show one guest, with all that its programs may want to know."""
+    _Flags.json = json_
+    with _engine(as_json_=json_) as engine:
+        guest = as_json(engine.look([check_name(name)])[0], engine.settings)
+        if json_:
+            typer.echo(json.dumps(guest))
+            return
+        width = max(map(len, guest))
+        for key, value in guest.items():
+            shown = "-" if value is None or value == [] else value
+            typer.echo(f"{key:<{width}}  {shown}")
+
+
+@app.command()
+def ip(name: Name, json_: Json = False) -> None:
+    """Print a guest's address."""
+    _Flags.json = json_
+    with _engine(as_json_=json_) as engine:
+        address = str(engine.lease(check_name(name)).block.address)
+        typer.echo(json.dumps({"address": address}) if json_ else address)
+
+
+@app.command()
+def up(names: SomeNames = None, json_: Json = False, dry_run: DryRun = False, verbose: Verbose = False) -> None:
+    """Make the kernel match the records: of the guests named, or of all of vmnet."""
+    _converge("up", names, json_=json_, dry_run=dry_run, verbose=verbose)
+
+
+@app.command()
+def down(names: SomeNames = None, json_: Json = False, dry_run: DryRun = False, verbose: Verbose = False) -> None:
+    """Take devices away until `up`, and keep the records: of the guests named, or all of vmnet."""
+    _converge("down", names, json_=json_, dry_run=dry_run, verbose=verbose)
+
+
+def _converge(verb: str, names: Sequence[str] | None, *, json_: bool, dry_run: bool, verbose: bool) -> None:
+    _Flags.json = json_
+    checked = [check_name(name) for name in names] if names else None
+    with _engine(verbose=verbose, as_json_=json_) as engine:
+        do = engine.up if verb == "up" else engine.down
+        ops = do(checked, dry_run=dry_run)
+        if dry_run:
+            _say_plan(ops, json_=json_, verbose=verbose)
+        if json_:
+            typer.echo(json.dumps([as_json(one, engine.settings) for one in engine.look(checked)]))
+
+
+@app.command()
+def carve(json_: Json = False, dry_run: DryRun = False, verbose: Verbose = False) -> None:
+    """Make room in 127/8: shrink lo to 127.0.0.1/16, fence the pool, load the rules."""
+    with _engine(verbose=verbose, as_json_=json_) as engine:
+        ops = engine.carve(dry_run=dry_run)
+        if dry_run:
+            _say_plan(ops, json_=json_, verbose=verbose)
+        if json_:
+            typer.echo(json.dumps({"carved": True}))
+
+
+@app.command()
+def restore(
+    purge: Annotated[bool, typer.Option("--purge", help="Forget all records too.")] = False,
+    json_: Json = False,
+    dry_run: DryRun = False,
+    verbose: Verbose = False,
+) -> None:
+    """Take all guests down and put the host back as it was found; records stay."""
+    with _engine(verbose=verbose, as_json_=json_) as engine:
+        ops = engine.restore(purge=purge, dry_run=dry_run)
+        if dry_run:
+            _say_plan(ops, json_=json_, verbose=verbose)
+        if json_:
+            typer.echo(json.dumps({"carved": False}))
+
+
+@app.command()
+def plan(json_: Json = False, verbose: Verbose = False) -> None:
+    """Say what `up` would do: exit 0 when nothing is to be done, 10 otherwise."""
+    with _engine(as_json_=json_) as engine:
+        _say_plan(engine.up(dry_run=True), json_=json_, verbose=verbose)
+
+
+@app.command(
+    "exec", no_args_is_help=True, context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True}
+)
+def exec_(
+    name: Name,
+    command: Annotated[list[str], typer.Argument(metavar="-- CMD...", help="The command and its arguments.")],
+) -> None:
+    """Run CMD in a guest's network namespace, as ip netns exec does; its exit code is CMD's."""
+    with _engine() as engine:
+        try:
+            engine.execute(check_name(name), command)
+        except OSError as error:
+            code = KernelRefused(f"{command[0]} cannot be run: {error.strerror}")
+            code.exit_code = 127 if isinstance(error, FileNotFoundError) else 126
+            raise code from None
+
+
+def _say_plan(ops: Sequence[Any], *, json_: bool, verbose: bool) -> None:
+    """Print a plan and exit: 10 where there is something to do."""
+    print_ops(ops, json_=json_, verbose=verbose)
+    raise typer.Exit(FOUND if ops else 0)
+
+
+def _say_guests(engine: Engine, guests: Sequence[Seen], *, json_: bool, created: bool = False) -> None:
+    if json_:
+        typer.echo(json.dumps([as_json(one, engine.settings) for one in guests]))
+    else:
+        print_guests(guests, engine.settings, created=created)
+
+
+def _address(text: str | None) -> IPAddress | None:
+    if text is None:
+        return None
+    try:
+        return IPAddress(text, flags=1)  # INET_PTON: four decimal numbers, nothing else
+    except (AddrFormatError, ValueError):
+        raise UsageError(f"--address {text[:80]!r} is not an IP address", hint="such as 127.1.0.2") from None
+
+
+def _mac(text: str | None) -> str | None:
+    if text is None:
+        return None
+    parts = text.lower().split(":")
+    right = len(parts) == 6 and all(len(part) == 2 and set(part) <= set("0123456789abcdef") for part in parts)
+    if not right or int(parts[0], 16) & 1 or not any(int(part, 16) for part in parts):
+        raise UsageError(f"--mac {text[:80]!r} is not the MAC of one device", hint="such as 02:00:00:00:00:01")
+    return ":".join(parts)
+
+
+def _between(option: str, value: int | None, low: int, high: int) -> int | None:
+    if value is not None and not low <= value <= high:
+        raise UsageError(f"{option} {value} is not between {low} and {high}")
+    return value
+
+
+def _owner(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if os.geteuid() != 0:
+        raise NotPermitted("--owner needs root", hint="run it with sudo")
+    if text.isascii() and text.isdecimal() and int(text) < 0xFFFFFFFF:
+        return int(text)
+    try:
+        return pwd.getpwnam(text).pw_uid
+    except (KeyError, ValueError):
+        raise UsageError(f"--owner: there is no user {text[:80]!r}") from None
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vmnet {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    del version
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    try:
+        code = app(standalone_mode=False)
+    except VmnetError as error:
+        _fail(error.exit_code, error.message, error.hint)
+    except TyperException as error:
+        _fail(2, error.format_message(), "vmnet --help and vmnet COMMAND --help show what there is")
+    except (KeyboardInterrupt, typer.Abort):
+        _fail(130, "interrupted", "vmnet up finishes what was begun")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        name = f"{error.filename}: " if error.filename else ""
+        _fail(1, f"{name}{error.strerror or error}", "")
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(code: int, message: str, hint: str) -> NoReturn:
+    message = " ".join(message.split())
+    if _Flags.json or "--json" in sys.argv[1:]:
+        print(json.dumps({"error": {"code": code, "message": message, "hint": hint}}))
+    print(f"vmnet: {message}" + (f"\nhint: {hint}" if hint else ""), file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,135 @@
+"""How guests, plans and progress look to a person and to a program."""
+
+import json
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import typer
+
+from vmnet.engine import Seen
+from vmnet.ops import Op
+from vmnet.plan import dotted, shadow_of
+from vmnet.settings import Settings
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+_PROGRESS_FROM = 500  # ops: fewer are done before a bar could be read
+
+
+def as_json(seen: Seen, settings: Settings) -> dict[str, Any]:
+    """Return a guest as the command line's contract has it."""
+    lease = seen.lease
+    block = lease.block
+    mapped = lease.mode == "mapped"
+    address, gateway = block.first + 2, block.first + 1
+    shadow = dotted(shadow_of(address, settings.plane))
+    return {
+        "name": lease.name,
+        "kind": lease.kind,
+        "mode": lease.mode,
+        "address": dotted(address),
+        "gateway": dotted(gateway),
+        "block": f"{dotted(block.first)}/30",
+        "shadow": shadow,
+        "guest_address": shadow if mapped else dotted(address),
+        "guest_gateway": dotted(shadow_of(gateway, settings.plane)) if mapped else dotted(gateway),
+        "guest_prefix": 30,
+        "device": lease.device,
+        "mac": lease.mac,
+        "netns": lease.netns.path.removeprefix("/run/netns/") if lease.netns else None,
+        "hostname": f"{lease.name}.{settings.domain}",
+        "published": [],
+        "mtu": lease.mtu,
+        "queues": lease.queues,
+        "state": seen.state,
+        "owner": lease.owner,
+        "created": lease.created,
+    }
+
+
+def print_guests(guests: Sequence[Seen], settings: Settings, *, created: bool = False) -> None:
+    """Print a table of guests; after `create`, for one guest, also what to do next."""
+    if not guests:
+        if sys.stdout.isatty():
+            typer.echo("no guests; vmnet create NAME makes one")
+        return
+    rows = [("NAME", "ADDRESS", "KIND", "MODE", "STATE", "HOSTNAME")]
+    rows += [
+        (
+            one.lease.name, dotted(one.lease.block.first + 2), one.lease.kind, one.lease.mode, one.state,
+            f"{one.lease.name}.{settings.domain}",
+        )
+        for one in guests
+    ]  # fmt: skip
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    typer.echo(
+        "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        )
+    )
+    if created and len(guests) == 1 and sys.stdout.isatty():
+        typer.echo(_next_step(guests[0]))
+
+
+def _next_step(seen: Seen) -> str:
+    lease = seen.lease
+    if lease.kind == "veth":
+        return f"\nnext: vmnet exec {lease.name} -- CMD runs a command in it"
+    if lease.kind == "tun":
+        return f"\nnext: open the tun device {lease.device}"
+    return f"\nnext: start a VM on the tap device {lease.device} with MAC {lease.mac}"
+
+
+def print_ops(ops: Sequence[Op], *, json_: bool, verbose: bool) -> None:
+    """Print a plan, to a person, as commands, or for a program."""
+    if json_:
+        typer.echo(json.dumps([{"op": type(op).__name__, "text": str(op), "command": op.command()} for op in ops]))
+    elif ops:
+        typer.echo("\n".join(op.command() if verbose else str(op) for op in ops))
+    elif sys.stdout.isatty():
+        typer.echo("nothing to do")
+
+
+class Reporter:
+    """Tells a person what happens: each step with -v, a bar for long work on a terminal, warnings always."""
+
+    def __init__(self, *, verbose: bool) -> None:
+        self._verbose = verbose
+        self._progress: Progress | None = None
+        self._total = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def begin(self, total: int) -> None:
+        """Hear that `total` ops are to come."""
+        self._total += total
+        if self._progress is None and not self._verbose and total >= _PROGRESS_FROM and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self._progress = Progress(console=Console(stderr=True), transient=True)
+            self._progress.add_task("working", total=self._total)
+            self._progress.start()
+        if self._progress:
+            self._progress.update(self._progress.task_ids[0], total=self._total)
+
+    def did(self, op: Op) -> None:
+        """Hear that an op was carried out."""
+        if self._verbose:
+            typer.echo(op.command(), err=True)
+        if self._progress:
+            self._progress.advance(self._progress.task_ids[0])
+
+    def warn(self, text: str) -> None:
+        """Say what a person should know although the command goes on."""
+        typer.echo(f"vmnet: warning: {text}", err=True)

@@ -1,0 +1,343 @@
+"""Carry out ops: many netlink messages in one send, the rest one by one. Each op may run twice.
+
+Lists of ops belong to one thing each (a guest, the host part) and do not depend on each other: they advance
+side by side, so that a thousand guests cost a few sends.
+"""
+
+import errno
+import fcntl
+import os
+import random
+import struct
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from vmnet.filters import encode
+from vmnet.linux import nft, wire
+from vmnet.linux.netlink import (
+    NLM_F_APPEND,
+    NLM_F_CREATE,
+    NLM_F_EXCL,
+    NLM_F_REPLACE,
+    RTM_DELADDR,
+    RTM_DELLINK,
+    RTM_DELROUTE,
+    RTM_DELTFILTER,
+    RTM_NEWADDR,
+    RTM_NEWLINK,
+    RTM_NEWNEIGH,
+    RTM_NEWQDISC,
+    RTM_NEWROUTE,
+    RTM_NEWTFILTER,
+    RTM_SETLINK,
+    Message,
+    text,
+    u32,
+)
+from vmnet.linux.observe import all_links
+from vmnet.linux.places import Places
+from vmnet.model import HostLacks, KernelRefused, VmnetError
+from vmnet.ops import (
+    AddAddress,
+    AddClsact,
+    AddNetns,
+    AddRoute,
+    AddTun,
+    AddVeth,
+    DelAddress,
+    DelFilter,
+    DelLink,
+    DelNetns,
+    DelRoute,
+    DelRules,
+    LoadRules,
+    Op,
+    PersistTun,
+    PutBackAddress,
+    SetConf,
+    SetFilter,
+    SetLink,
+    SetNeighbour,
+    SetSysctl,
+    WriteNames,
+)
+from vmnet.plan import HOST
+
+_TUN_DEVICE = "/dev/net/tun"
+# include/uapi/linux/if_tun.h
+_TUNSETIFF, _TUNSETPERSIST, _TUNSETOWNER, _TUNSETIFINDEX = 0x400454CA, 0x400454CB, 0x400454CC, 0x400454DA
+_IFF_TUN, _IFF_TAP, _IFF_NO_PI, _IFF_MULTI_QUEUE = 0x1, 0x2, 0x1000, 0x100
+
+_NEW = NLM_F_CREATE | NLM_F_EXCL
+# What says that the wanted state is already there.
+_SETTLED: dict[type, frozenset[int]] = {
+    AddRoute: frozenset({errno.EEXIST}),
+    DelRoute: frozenset({errno.ESRCH, errno.ENODEV}),
+    AddAddress: frozenset({errno.EEXIST}),
+    PutBackAddress: frozenset({errno.EEXIST}),
+    DelAddress: frozenset({errno.EADDRNOTAVAIL, errno.ENODEV}),
+    DelLink: frozenset({errno.ENODEV}),
+    AddClsact: frozenset({errno.EEXIST}),
+    DelFilter: frozenset({errno.ENOENT, errno.EINVAL}),
+}
+_NONE: frozenset[int] = frozenset()
+_Direct: TypeAlias = AddNetns | DelNetns | AddTun | PersistTun | SetSysctl | LoadRules | DelRules | WriteNames
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """An op that could not be carried out: the number of its list, the op, and why."""
+
+    number: int
+    op: Op
+    errno: int
+    error: VmnetError
+
+
+def apply(
+    places: Places,
+    lists: Sequence[Sequence[Op]],
+    *,
+    write_names: Callable[[WriteNames], None],
+    done: Callable[[Op], None] | None = None,
+) -> list[Refusal]:
+    """Carry out `lists` of ops and return what was refused; the rest of such a list is left undone."""
+    return _Run(places, lists, write_names, done).run()
+
+
+class _Run:
+    def __init__(
+        self,
+        places: Places,
+        lists: Sequence[Sequence[Op]],
+        write_names: Callable[[WriteNames], None],
+        done: Callable[[Op], None] | None,
+    ) -> None:
+        self._places = places
+        self._left = [deque(ops) for ops in lists]
+        self._write_names = write_names
+        self._done = done or (lambda op: None)
+        self._tuns: dict[str, int] = {}
+        self._refusals: list[Refusal] = []
+
+    def run(self) -> list[Refusal]:
+        try:
+            active = [number for number, ops in enumerate(self._left) if ops]
+            while active:
+                self._round(active)
+                active = [number for number in active if self._left[number]]
+        finally:
+            # A tun that was not made persistent goes with its descriptor.
+            for handle in self._tuns.values():
+                os.close(handle)
+        return self._refusals
+
+    def _round(self, active: Sequence[int]) -> None:
+        batches: dict[str, list[tuple[int, Op]]] = {}
+        doomed: list[tuple[int, DelLink]] = []
+        for number in active:
+            ops = self._left[number]
+            sending = False
+            while ops:
+                op = ops[0]
+                if isinstance(op, _Direct):
+                    if sending:
+                        break  # what stands before it has to be sent first
+                    self._do(number, op)
+                    continue
+                if isinstance(op, DelLink) and op.place == HOST:
+                    if not sending:
+                        doomed.append((number, op))
+                        ops.popleft()
+                    break
+                if sending and isinstance(op, SetLink) and op.up:
+                    break  # only when its filters are known to stand
+                batches.setdefault(op.place if not isinstance(op, _HostOnly) else HOST, []).append((number, op))
+                ops.popleft()
+                sending = True
+                if isinstance(op, AddVeth):
+                    break  # what follows goes by its index, which may turn out to be another device's
+        for place, batch in batches.items():
+            self._send(place, batch)
+        if doomed:
+            self._delete_links(doomed)
+
+    def _do(self, number: int, op: _Direct) -> None:
+        self._left[number].popleft()
+        try:
+            self._direct(op)
+        except VmnetError as error:
+            self._refuse(number, op, 0, error)
+        except OSError as error:
+            self._refuse(number, op, error.errno or 0, _explain(op, error.errno or 0, str(error.strerror)))
+        else:
+            self._done(op)
+
+    def _refuse(self, number: int, op: Op, code: int, error: VmnetError) -> None:
+        self._refusals.append(Refusal(number, op, code, error))
+        self._left[number].clear()
+
+    def _direct(self, op: _Direct) -> None:
+        match op:
+            case AddNetns():
+                self._places.make(op.path, op.alias)
+            case DelNetns():
+                self._places.delete(op.path)
+            case AddTun():
+                self._tuns[op.device] = _open_tun(op, index=op.index)
+                fcntl.ioctl(self._tuns[op.device], _TUNSETOWNER, op.owner)
+            case PersistTun():
+                handle = self._tuns.pop(op.device, -1)
+                if handle < 0:
+                    handle = _open_tun(op)
+                try:
+                    fcntl.ioctl(handle, _TUNSETOWNER, op.owner)
+                    fcntl.ioctl(handle, _TUNSETPERSIST, 1)
+                finally:
+                    os.close(handle)
+            case SetSysctl():
+                _write_sysctl(op)
+            case LoadRules():
+                nft.load(op.text)
+            case DelRules():
+                nft.delete()
+            case WriteNames():
+                self._write_names(op)
+
+    def _send(self, place: str, batch: Sequence[tuple[int, Op]]) -> None:
+        try:
+            netlink = self._places.open(place)
+        except OSError as error:
+            for number, op in batch:
+                if self._left[number] or not self._is_refused(number):
+                    self._refuse(
+                        number, op, error.errno or 0, KernelRefused(f"{place} cannot be entered: {error.strerror}")
+                    )
+            return
+        failures = {failure.position: failure for failure in netlink.send([self._encode(op) for _, op in batch])}
+        for position, (number, op) in enumerate(batch):
+            failure = failures.get(position)
+            if failure is None or failure.errno in _SETTLED.get(type(op), _NONE):
+                self._done(op)
+            elif not self._is_refused(number):
+                # The first refusal of a list is the cause; what follows it in the same send is its echo.
+                self._refuse(number, op, failure.errno, _explain(op, failure.errno, str(failure)))
+
+    def _is_refused(self, number: int) -> bool:
+        return any(refusal.number == number for refusal in self._refusals)
+
+    def _encode(self, op: Op) -> Message:
+        match op:
+            case AddVeth():
+                peer = op.peer
+                self._places.open(peer.place)
+                body = wire.veth(op.device, op.index, op.group, op.mac, op.mtu)
+                body += wire.veth_peer(peer.name, peer.index, peer.mac, op.mtu, self._places.handle(peer.place))
+                return Message(RTM_NEWLINK, _NEW, body)
+            case SetLink():
+                return Message(RTM_SETLINK, 0, _link_changes(op))
+            case SetConf():
+                return Message(RTM_SETLINK, 0, wire.link_header(op.index) + wire.conf_spec(op.values))
+            case AddClsact():
+                return Message(RTM_NEWQDISC, _NEW, wire.clsact(op.index))
+            case SetFilter():
+                body = wire.filter_program(op.index, op.direction, encode(op.program))
+                return Message(RTM_NEWTFILTER, NLM_F_CREATE, body)
+            case DelFilter():
+                return Message(RTM_DELTFILTER, 0, wire.filter_place(op.index, op.direction))
+            case AddAddress():
+                return Message(RTM_NEWADDR, _NEW, wire.address(op.index, op.address))
+            case DelAddress():
+                return Message(RTM_DELADDR, 0, wire.address(op.index, op.address))
+            case PutBackAddress():
+                return Message(RTM_NEWADDR, _NEW, wire.lo_address(op.address))
+            case AddRoute():
+                flags = NLM_F_CREATE | NLM_F_APPEND if op.append else _NEW
+                return Message(RTM_NEWROUTE, flags, wire.route(op.route, op.index))
+            case DelRoute():
+                return Message(RTM_DELROUTE, 0, wire.route(op.route, op.index))
+            case SetNeighbour():
+                flags = NLM_F_CREATE | NLM_F_REPLACE
+                return Message(RTM_NEWNEIGH, flags, wire.neighbour(op.index, op.address, op.mac))
+            case DelLink():
+                return Message(RTM_DELLINK, 0, wire.link_header(op.index))
+            case _:
+                raise TypeError(f"no message for {op!r}")
+
+    def _delete_links(self, doomed: Sequence[tuple[int, DelLink]]) -> None:
+        if len(doomed) == 1:
+            self._send(HOST, doomed)
+            return
+        # The kernel waits for a grace period after each deletion; by group it waits once for all.
+        netlink = self._places.host
+        taken = {link.group for link in all_links(netlink)}
+        group = next(one for one in iter(lambda: random.randrange(1 << 30, 1 << 31), 0) if one not in taken)
+        marks = [Message(RTM_SETLINK, 0, wire.link_header(op.index) + u32(wire.IFLA_GROUP, group)) for _, op in doomed]
+        failures = {failure.position: failure for failure in netlink.send(marks)}
+        last = Message(RTM_DELLINK, 0, wire.link_header() + u32(wire.IFLA_GROUP, group))
+        failed = netlink.send([last]) if len(failures) < len(doomed) else []
+        for position, (number, op) in enumerate(doomed):
+            failure = failures.get(position) or next(iter(failed), None)
+            if failure is None or failure.errno in _SETTLED[DelLink]:
+                self._done(op)
+            else:
+                self._refuse(number, op, failure.errno, _explain(op, failure.errno, str(failure)))
+
+
+_HostOnly: TypeAlias = AddVeth | AddClsact | SetFilter | DelFilter
+
+
+def _link_changes(op: SetLink) -> bytes:
+    flags = change = 0
+    if op.up is not None:
+        change |= wire.IFF_UP
+        flags |= wire.IFF_UP if op.up else 0
+    if op.multicast is not None:
+        change |= wire.IFF_MULTICAST
+        flags |= wire.IFF_MULTICAST if op.multicast else 0
+    body = wire.link_header(op.index, flags, change)
+    if op.alias is not None:
+        body += text(wire.IFLA_IFALIAS, op.alias)
+    if op.group is not None:
+        body += u32(wire.IFLA_GROUP, op.group)
+    if op.mac is not None:
+        body += wire.mac_attr(op.mac)
+    if op.mtu is not None:
+        body += u32(wire.IFLA_MTU, op.mtu)
+    return body
+
+
+def _open_tun(op: AddTun | PersistTun, index: int = 0) -> int:
+    """Open a tun or tap, making it where it is not there; `index` is that of a new one. Raises OSError."""
+    handle = os.open(_TUN_DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        flags = _IFF_NO_PI | (_IFF_TAP if op.kind == "tap" else _IFF_TUN)
+        if op.queues > 1:
+            flags |= _IFF_MULTI_QUEUE
+        if index:
+            fcntl.ioctl(handle, _TUNSETIFINDEX, struct.pack("=I", index))
+        fcntl.ioctl(handle, _TUNSETIFF, struct.pack("=16sH22x", op.device.encode(), flags))
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _write_sysctl(op: SetSysctl) -> None:
+    try:
+        Path("/proc/sys", op.key).write_text(str(op.value))
+    except FileNotFoundError:
+        return  # a kernel without IPv6, or a device that is gone
+
+
+def _explain(op: Op, code: int, words: str) -> VmnetError:
+    if isinstance(op, AddTun | PersistTun) and code in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
+        return HostLacks(f"{_TUN_DEVICE} is missing ({words})", hint="load the module tun: modprobe tun")
+    if isinstance(op, AddVeth | AddClsact | SetFilter) and code in (errno.EOPNOTSUPP, errno.ENOENT):
+        feature = {AddVeth: "veth (CONFIG_VETH)", AddClsact: "clsact (CONFIG_NET_SCH_INGRESS)"}
+        missing = feature.get(type(op), "BPF filters of tc (CONFIG_NET_CLS_BPF)")
+        return HostLacks(f"the kernel lacks {missing}: {words}", hint="load the module, or use another kernel")
+    return KernelRefused(f"the kernel refused `{op.command()}`: {words}")

@@ -1,0 +1,110 @@
+"""nftables by its own program: load our table, list it, and learn how it is listed from a namespace of our own."""
+
+import hashlib
+import os
+import subprocess
+from pathlib import Path
+
+from vmnet.linux.places import CLONE_NEWNET, unshare
+from vmnet.model import HostLacks, KernelRefused
+
+TABLE = ("table", "ip", "vmnet")
+
+
+_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+
+
+def _run(*arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        (program(), *arguments), input=text, capture_output=True, text=True, check=False, env=_ENVIRONMENT
+    )
+
+
+def listing() -> str | None:
+    """Return our table as nft lists it, or None where there is none."""
+    done = _run("list", *TABLE)
+    if done.returncode == 0:
+        return done.stdout
+    if "No such file or directory" in done.stderr:
+        return None
+    raise KernelRefused(f"nft cannot list our table: {_first_line(done.stderr)}")
+
+
+def load(text: str) -> None:
+    """Load a ruleset, whole or not at all."""
+    done = _run("-f", "-", text=text)
+    if done.returncode:
+        raise _refusal(done.stderr)
+
+
+def delete() -> None:
+    """Delete our table; one that is not there is deleted already."""
+    done = _run("delete", *TABLE)
+    if done.returncode and "No such file or directory" not in done.stderr:
+        raise KernelRefused(f"nft cannot delete our table: {_first_line(done.stderr)}")
+
+
+def expected_listing(text: str, cache: Path) -> str:
+    """Return how nft lists the ruleset `text`, learnt in a fresh namespace and kept in the folder `cache`.
+
+    It is never learnt from the host's own table: what somebody changed in that would become the wish.
+    """
+    nft = os.stat(program())
+    key = hashlib.sha256(f"{text}{os.uname().release}{nft.st_mtime_ns}{nft.st_size}".encode()).hexdigest()
+    kept = cache / f"nftables-{key[:16]}.listing"
+    try:
+        return kept.read_text()
+    except OSError:
+        pass
+    fresh = _learn(text)
+    cache.mkdir(mode=0o755, parents=True, exist_ok=True)
+    for old in cache.glob("nftables-*.listing"):
+        old.unlink(missing_ok=True)
+    partial = cache / f".{kept.name}.{os.getpid()}"
+    partial.write_text(fresh)
+    partial.replace(kept)
+    return fresh
+
+
+def _learn(text: str) -> str:
+    script = "nft -f /dev/stdin && nft list table ip vmnet"
+    try:
+        done = subprocess.run(
+            ("/bin/sh", "-c", script),
+            input=text,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=_ENVIRONMENT,
+            preexec_fn=lambda: unshare(CLONE_NEWNET),
+        )
+    except subprocess.SubprocessError:
+        raise HostLacks("this kernel has no network namespaces", hint="it needs CONFIG_NET_NS") from None
+    if done.returncode:
+        raise _refusal(done.stderr)
+    return done.stdout
+
+
+def program() -> str:
+    """Return the path of nft; raises HostLacks where there is none."""
+    for folder in ("/usr/sbin", "/usr/bin", "/sbin", "/bin"):
+        if os.access(f"{folder}/nft", os.X_OK):
+            return f"{folder}/nft"
+    raise HostLacks(
+        "the program nft is missing", hint="install it: apt-get install nftables (or your system's package)"
+    )
+
+
+def _refusal(words: str) -> HostLacks | KernelRefused:
+    line = _first_line(words)
+    if "Operation not supported" in words or "No such file or directory" in words:
+        return HostLacks(
+            f"the kernel lacks a feature that the ruleset needs: {line}",
+            hint="it needs nf_tables with nat, fib and ct (CONFIG_NF_TABLES, CONFIG_NFT_NAT, CONFIG_NFT_FIB_IPV4, "
+            "CONFIG_NFT_CT, CONFIG_NFT_MASQ, CONFIG_NFT_REDIR)",
+        )
+    return KernelRefused(f"nft refused the ruleset: {line}")
+
+
+def _first_line(words: str) -> str:
+    return words.strip().partition("\n")[0] or "no reason given"

@@ -1,0 +1,226 @@
+"""Look at the kernel: guests, the host part, and what is ours without a lease. Nothing is changed or decided."""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from vmnet.linux import wire
+from vmnet.linux.netlink import (
+    RTM_GETADDR,
+    RTM_GETLINK,
+    RTM_GETNEIGH,
+    RTM_GETROUTE,
+    RTM_GETTFILTER,
+    Message,
+    Netlink,
+)
+from vmnet.linux.places import NAMED, Places, identify
+from vmnet.model import Lease, NetnsId
+from vmnet.ops import ROUTE_PROTOCOL, TABLE_MAIN, Address, LoAddress, Route
+from vmnet.plan import (
+    ALIAS_PREFIX,
+    DEFAULT_ROUTE,
+    PEER_NAME,
+    Filter,
+    GuestView,
+    HostView,
+    Inside,
+    Link,
+    Side,
+)
+
+_DIRECTIONS = ("ingress", "egress")
+_LO = 1
+# From so many guests on, one dump of everything is cheaper than asking about each.
+_MANY = 16
+
+
+def link_by_name(netlink: Netlink, name: str) -> Link | None:
+    """Return the device of that name, or None."""
+    body = netlink.get(Message(RTM_GETLINK, 0, wire.link_query(name)))
+    return wire.parse_link(body) if body else None
+
+
+def all_links(netlink: Netlink) -> list[Link]:
+    """Return all devices."""
+    return [wire.parse_link(body) for body in netlink.dump(RTM_GETLINK, wire.link_query())]
+
+
+class _Tables:
+    """Addresses, routes of ours and permanent neighbours, by index of their device."""
+
+    def __init__(self, netlink: Netlink, links: Sequence[Link]) -> None:
+        self.addresses: dict[int, list[LoAddress]] = defaultdict(list)
+        self.routes: dict[int, set[Route]] = defaultdict(set)
+        self.neighbours: dict[int, set[tuple[str, str]]] = defaultdict(set)
+        names = {link.index: link.name for link in links}
+        for index in [0] if len(links) > _MANY else names:
+            self._read(netlink, index, names)
+
+    def _read(self, netlink: Netlink, only: int, names: dict[int, str]) -> None:
+        for body in netlink.dump(RTM_GETADDR, wire.address_query(only)):
+            index, address = wire.parse_address(body)
+            self.addresses[index].append(address)
+        for body in netlink.dump(RTM_GETROUTE, wire.route_query(ROUTE_PROTOCOL, index=only)):
+            _, index, route = wire.parse_route(body, names)
+            self.routes[index].add(route)
+        for body in netlink.dump(RTM_GETNEIGH, wire.neighbour_query(only)):
+            index, neighbour = wire.parse_neighbour(body)
+            if neighbour:
+                self.neighbours[index].add(neighbour)
+
+
+def _filters(netlink: Netlink, index: int) -> dict[str, Filter]:
+    found = {}
+    for direction in _DIRECTIONS:
+        there = [
+            one
+            for body in netlink.dump(RTM_GETTFILTER, wire.filter_query(index, direction))
+            if (one := wire.parse_filter(body))
+        ]
+        if there:
+            found[direction] = there[0] if len(there) == 1 else Filter(None)
+    return found
+
+
+def observe_guests(places: Places, leases: Sequence[Lease]) -> dict[str, GuestView]:
+    """Return what the kernel shows of each lease's guest, by name."""
+    netlink = places.host
+    if len(leases) > _MANY:
+        by_name = {link.name: link for link in all_links(netlink)}
+    else:
+        by_name = {lease.device: link for lease in leases if (link := link_by_name(netlink, lease.device))}
+    links = [by_name[lease.device] for lease in leases if lease.device in by_name]
+    tables = _Tables(netlink, links) if links else None
+    views = {}
+    for lease in leases:
+        side = Side()
+        link = by_name.get(lease.device)
+        if link and tables:
+            side = Side(
+                link=link,
+                addresses=frozenset(Address(one.value, one.scope) for one in tables.addresses[link.index]),
+                routes=frozenset(tables.routes[link.index]),
+                neighbours=frozenset(tables.neighbours[link.index]),
+                filters=_filters(netlink, link.index),
+            )
+        netns, inside = _look_inside(places, lease)
+        views[lease.name] = GuestView(side, netns, inside)
+    return views
+
+
+def _look_inside(places: Places, lease: Lease) -> tuple[str, Inside | None]:
+    if lease.netns is None:
+        return "none", None
+    path, recorded = lease.netns.path, lease.netns.identity
+    try:
+        found = identify(path)
+        if found is None:
+            places.forget(path)
+            return "absent", None
+        netlink = places.open(path, found)
+    except ProcessLookupError:
+        return "stranger", None
+    except OSError:
+        return "ours", None  # not for this caller to see: nothing is known against it
+    if found != recorded:
+        lo = link_by_name(netlink, "lo")
+        if not (lease.netns.owned and lo and lo.alias == ALIAS_PREFIX + lease.name):
+            places.forget(path)
+            return "stranger", None
+    return "ours", observe_inside(netlink)
+
+
+def observe_inside(netlink: Netlink) -> Inside:
+    """Return what a guest's namespace shows."""
+    link = link_by_name(netlink, PEER_NAME)
+    lo = link_by_name(netlink, "lo")
+    index = link.index if link else -1
+    names = {_LO: "lo", index: PEER_NAME}
+    addresses: dict[int, list[LoAddress]] = defaultdict(list)
+    for body in netlink.dump(RTM_GETADDR, wire.address_query()):
+        on, address = wire.parse_address(body)
+        addresses[on].append(address)
+    ours: dict[int, set[Route]] = defaultdict(set)
+    has_default = False
+    for body in netlink.dump(RTM_GETROUTE, wire.route_query()):
+        protocol, on, route = wire.parse_route(body, names)
+        has_default |= route.destination == DEFAULT_ROUTE and route.table == TABLE_MAIN and route.type == "unicast"
+        if protocol == ROUTE_PROTOCOL:
+            ours[on].add(route)
+    neighbours = set()
+    for body in netlink.dump(RTM_GETNEIGH, wire.neighbour_query(index)) if link else ():
+        _, neighbour = wire.parse_neighbour(body)
+        if neighbour:
+            neighbours.add(neighbour)
+    side = Side(
+        link=link,
+        addresses=frozenset(Address(one.value, one.scope) for one in addresses[index]),
+        routes=frozenset(ours[index]),
+        neighbours=frozenset(neighbours),
+    )
+    return Inside(side, tuple(addresses[_LO]), bool(lo and lo.up), frozenset(ours[_LO]), has_default)
+
+
+def observe_host(netlink: Netlink, listing: str | None) -> HostView:
+    """Return the host part; `listing` is our table as nft lists it."""
+    lo = link_by_name(netlink, "lo")
+    addresses = [wire.parse_address(body)[1] for body in netlink.dump(RTM_GETADDR, wire.address_query(_LO))]
+    routes = set()
+    # Two narrow dumps: the routes of guests, which may be thousands, are of neither kind.
+    queries = (
+        wire.route_query(ROUTE_PROTOCOL, index=_LO),
+        wire.route_query(ROUTE_PROTOCOL, kind=wire.RTN_UNREACHABLE),
+    )
+    for query in queries:
+        for body in netlink.dump(RTM_GETROUTE, query):
+            routes.add(wire.parse_route(body, {_LO: "lo"})[2])
+    return HostView(tuple(addresses), bool(lo and lo.up), frozenset(routes), listing, sysctl("net.ipv4.ip_forward"))
+
+
+def sysctl(key: str) -> int:
+    """Return a sysctl that is a number."""
+    return int(Path("/proc/sys", *key.split(".")).read_text())
+
+
+def forwarding_by_device() -> dict[str, int]:
+    """Return net.ipv4.conf.*.forwarding of each device, `all` and `default` left out."""
+    conf = Path("/proc/sys/net/ipv4/conf")
+    return {
+        device.name: int((device / "forwarding").read_text())
+        for device in conf.iterdir()
+        if device.name not in ("all", "default")
+    }
+
+
+def orphan_links(netlink: Netlink, known: Iterable[str]) -> list[Link]:
+    """Return devices that bear our alias for a name that is not among `known`."""
+    names = set(known)
+    return [
+        link
+        for link in all_links(netlink)
+        if link.alias.startswith(ALIAS_PREFIX) and link.alias.removeprefix(ALIAS_PREFIX) not in names
+    ]
+
+
+def orphan_netns(places: Places, known: Iterable[str]) -> list[str]:
+    """Return the paths of named namespaces that vmnet made for a name that is not among `known`."""
+    names = set(known)
+    found = []
+    try:
+        paths = sorted(os.listdir(NAMED))
+    except OSError:
+        return []
+    for name in paths:
+        path = str(NAMED / name)
+        try:
+            identity: NetnsId | None = identify(path)
+            lo = link_by_name(places.open(path, identity), "lo") if identity else None
+        except OSError:
+            continue
+        if lo and lo.alias.startswith(ALIAS_PREFIX) and lo.alias.removeprefix(ALIAS_PREFIX) not in names:
+            found.append(path)
+        else:
+            places.forget(path)
+    return found

@@ -1,0 +1,124 @@
+"""What the engine sees of Linux: one object that observes, applies, and knows namespaces."""
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn, Self
+
+from netaddr import IPNetwork
+
+from vmnet.linux import enter, nft, observe
+from vmnet.linux.apply import Refusal, apply
+from vmnet.linux.places import NAMED, Places, boot_id, identify
+from vmnet.model import Lease, NetnsId, NotPermitted
+from vmnet.ops import DelLink, DelNetns, Op, WriteNames
+from vmnet.plan import HOST, Found, GuestView, HostView, Use
+
+_CAP_NET_ADMIN, _CAP_SYS_ADMIN = 12, 21
+
+
+class LinuxPlatform:
+    """Linux by rtnetlink, nft and /proc; all of it in the network namespace of the caller."""
+
+    def __init__(self) -> None:
+        self._places = Places()
+        self.privileged = _has_capabilities()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._places.close()
+
+    def need_rights(self) -> None:
+        """Raise NotPermitted unless the caller may change the network."""
+        if not self.privileged:
+            raise NotPermitted(
+                "this needs root: the capabilities CAP_NET_ADMIN and CAP_SYS_ADMIN are missing",
+                hint="run it with sudo",
+            )
+
+    def here(self) -> NetnsId:
+        """Return which network namespace is the host's."""
+        own = os.stat("/proc/thread-self/ns/net")
+        return NetnsId(own.st_dev, own.st_ino, boot_id())
+
+    def identify(self, path: str) -> NetnsId | None:
+        """Return which network namespace `path` leads to, or None where it leads to none."""
+        return identify(path)
+
+    def netns_path(self, name: str) -> str:
+        """Return where a named network namespace is to be found."""
+        return str(NAMED / name)
+
+    def observe_guests(self, leases: Sequence[Lease]) -> dict[str, GuestView]:
+        """Return what the kernel shows of each lease's guest."""
+        return observe.observe_guests(self._places, leases)
+
+    def observe_host(self) -> HostView:
+        """Return the host part; without rights, without the rules."""
+        return observe.observe_host(self._places.host, nft.listing() if self.privileged else None)
+
+    def expected_listing(self, text: str, cache: Path) -> str | None:
+        """Return how the ruleset `text` is listed, or None where the caller may not see rules."""
+        return nft.expected_listing(text, cache) if self.privileged else None
+
+    def look_around(self) -> Found:
+        """Return how the host is before anything of it is changed."""
+        view = observe.observe_host(self._places.host, None)
+        return Found(
+            lo=view.lo,
+            ip_forward=view.ip_forward,
+            accept_redirects=observe.sysctl("net.ipv4.conf.all.accept_redirects"),
+            forwarding=observe.forwarding_by_device(),
+        )
+
+    def find_uses(self, shadow: IPNetwork, hosts: Path | None) -> list[Use]:
+        """Return who else uses addresses of the pool or of the shadow."""
+        from vmnet.linux import usage
+
+        return usage.find_uses(shadow, hosts)
+
+    def forwards_for_others(self) -> bool:
+        """Say whether somebody else needs this host to forward."""
+        from vmnet.linux import usage
+
+        return usage.forwards_for_others()
+
+    def orphans(self, names: Sequence[str]) -> list[Op]:
+        """Return the ops that take away what bears our marks for a guest that is not among `names`."""
+        links: list[Op] = [
+            DelLink(HOST, link.name, link.index) for link in observe.orphan_links(self._places.host, names)
+        ]
+        return links + [DelNetns(path) for path in observe.orphan_netns(self._places, names)]
+
+    def apply(
+        self, lists: Sequence[Sequence[Op]], write_names: Callable[[WriteNames], None], done: Callable[[Op], None]
+    ) -> list[Refusal]:
+        """Carry out lists of ops that do not depend on each other; return what was refused."""
+        return apply(self._places, lists, write_names=write_names, done=done)
+
+    def close_places(self) -> None:
+        """Close what is open of guests' namespaces."""
+        self._places.close_guests()
+
+    def execute(self, path: str, expected: NetnsId | None, argv: Sequence[str]) -> NoReturn:
+        """Become `argv` inside the namespace at `path`."""
+        enter.execute(path, expected, argv)
+
+    @staticmethod
+    def missing_program() -> str | None:
+        """Return the name of a program that is needed and missing, or None."""
+        return None if shutil.which("nft", path="/usr/sbin:/usr/bin:/sbin:/bin") else "nft"
+
+
+def _has_capabilities() -> bool:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            effective = int(line.split()[1], 16)
+            return all(effective >> capability & 1 for capability in (_CAP_NET_ADMIN, _CAP_SYS_ADMIN))
+    return False

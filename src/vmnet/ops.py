@@ -1,0 +1,457 @@
+"""The steps that lead from what the kernel shows to what the records ask for.
+
+An op is one idempotent step. `str(op)` says it to a person, `op.command()` as the command that a person could
+type; a platform's edge carries it out. A `place` is a network namespace: the empty string for the host's own,
+else the path that leads to a guest's.
+"""
+
+import shlex
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from vmnet.filters import Program, bytecode
+
+TABLE_LOCAL, TABLE_MAIN = 255, 254
+SCOPE_GLOBAL, SCOPE_LINK, SCOPE_HOST = 0, 253, 254
+ROUTE_PROTOCOL = 127
+_SCOPES = {SCOPE_GLOBAL: "global", SCOPE_LINK: "link", SCOPE_HOST: "host"}
+_TABLES = {TABLE_LOCAL: "local", TABLE_MAIN: "main"}
+
+
+def _in(place: str, program: str) -> str:
+    """Return how to call `program` in the namespace at `place`."""
+    if not place:
+        return program
+    return f"nsenter --net={shlex.quote(place)} {program}"
+
+
+def _where(place: str) -> str:
+    return f" in {place}" if place else ""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Route:
+    """A route as the kernel holds it; `destination` is a prefix such as 127.1.0.0/30."""
+
+    destination: str
+    table: int
+    type: str
+    device: str | None = None
+    gateway: str | None = None
+    source: str | None = None
+    scope: int = SCOPE_GLOBAL
+    metric: int = 0
+    onlink: bool = False
+
+    def __str__(self) -> str:
+        words = [] if self.type == "unicast" else [self.type]
+        words.append("default" if self.destination == "0.0.0.0/0" else self.destination)
+        if self.gateway:
+            words += ["via", self.gateway]
+        if self.device:
+            words += ["dev", self.device]
+        words += ["table", _TABLES.get(self.table, str(self.table)), "proto", str(ROUTE_PROTOCOL)]
+        if self.scope != SCOPE_GLOBAL:
+            words += ["scope", _SCOPES[self.scope]]
+        if self.source:
+            words += ["src", self.source]
+        if self.metric:
+            words += ["metric", str(self.metric)]
+        if self.onlink:
+            words.append("onlink")
+        return " ".join(words)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Address:
+    """An IPv4 address of a device with its prefix length and scope."""
+
+    value: str
+    scope: int = SCOPE_GLOBAL
+
+
+@dataclass(frozen=True, slots=True)
+class LoAddress:
+    """An IPv4 address of lo, with all that is needed to put it back as it was.
+
+    `attributes` are the rtnetlink attributes (number, payload in hex) that the kernel showed, `flags` its flags.
+    """
+
+    value: str
+    scope: int
+    flags: int
+    attributes: tuple[tuple[int, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A veth's far end: its name, index and MAC, and the place where it is made."""
+
+    name: str
+    index: int
+    mac: str
+    place: str
+
+
+@dataclass(frozen=True, slots=True)
+class AddRoute:
+    """Add a route over the device of that index (0: none); `append` it where the kernel may have one like it."""
+
+    place: str
+    route: Route
+    index: int = 0
+    append: bool = False
+
+    def __str__(self) -> str:
+        return f"+ route {self.route}{_where(self.place)}"
+
+    def command(self) -> str:
+        return f"{_in(self.place, 'ip')} route {'append' if self.append else 'add'} {self.route}"
+
+
+@dataclass(frozen=True, slots=True)
+class DelRoute:
+    """Delete a route of ours over the device of that index (0: none)."""
+
+    place: str
+    route: Route
+    index: int = 0
+
+    def __str__(self) -> str:
+        return f"- route {self.route}{_where(self.place)}"
+
+    def command(self) -> str:
+        return f"{_in(self.place, 'ip')} route del {self.route}"
+
+
+@dataclass(frozen=True, slots=True)
+class AddAddress:
+    """Put an address on a device."""
+
+    place: str
+    device: str
+    index: int
+    address: Address
+
+    def __str__(self) -> str:
+        return f"+ address {self.address.value} on {self.device}{_where(self.place)}"
+
+    def command(self) -> str:
+        scope = _SCOPES[self.address.scope]
+        return f"{_in(self.place, 'ip')} addr add {self.address.value} dev {self.device} scope {scope}"
+
+
+@dataclass(frozen=True, slots=True)
+class DelAddress:
+    """Take an address off a device."""
+
+    place: str
+    device: str
+    index: int
+    address: Address
+
+    def __str__(self) -> str:
+        return f"- address {self.address.value} on {self.device}{_where(self.place)}"
+
+    def command(self) -> str:
+        return f"{_in(self.place, 'ip')} addr del {self.address.value} dev {self.device}"
+
+
+@dataclass(frozen=True, slots=True)
+class PutBackAddress:
+    """Put an address back on lo as it was, label and lifetime included."""
+
+    place: str
+    address: LoAddress
+
+    def __str__(self) -> str:
+        return f"+ address {self.address.value} on lo{_where(self.place)}"
+
+    def command(self) -> str:
+        scope = _SCOPES.get(self.address.scope, str(self.address.scope))
+        return f"{_in(self.place, 'ip')} addr add {self.address.value} dev lo scope {scope}"
+
+
+@dataclass(frozen=True, slots=True)
+class SetNeighbour:
+    """Make a neighbour known for good."""
+
+    place: str
+    device: str
+    index: int
+    address: str
+    mac: str
+
+    def __str__(self) -> str:
+        return f"+ neighbour {self.address} is {self.mac} on {self.device}{_where(self.place)}"
+
+    def command(self) -> str:
+        ip = _in(self.place, "ip")
+        return f"{ip} neigh replace {self.address} lladdr {self.mac} dev {self.device} nud permanent"
+
+
+@dataclass(frozen=True, slots=True)
+class AddNetns:
+    """Make a network namespace at a path, marked as ours by the alias of its lo."""
+
+    path: str
+    alias: str
+
+    def __str__(self) -> str:
+        return f"+ namespace {self.path}"
+
+    def command(self) -> str:
+        name = self.path.rpartition("/")[2]
+        return f"ip netns add {name} && ip -n {name} link set lo up alias {self.alias}"
+
+
+@dataclass(frozen=True, slots=True)
+class DelNetns:
+    """Take away a network namespace that vmnet made."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"- namespace {self.path}"
+
+    def command(self) -> str:
+        return f"ip netns del {self.path.rpartition('/')[2]}"
+
+
+@dataclass(frozen=True, slots=True)
+class AddVeth:
+    """Make a veth pair, its far end in the guest's namespace from the start."""
+
+    device: str
+    index: int
+    group: int
+    mac: str
+    mtu: int
+    peer: Peer
+
+    def __str__(self) -> str:
+        return f"+ veth {self.device}, its peer {self.peer.name} in {self.peer.place}"
+
+    def command(self) -> str:
+        peer = self.peer
+        return (
+            f"ip link add {self.device} address {self.mac} mtu {self.mtu} group {self.group} numtxqueues 1 "
+            f"numrxqueues 1 type veth peer name {peer.name} address {peer.mac} mtu {self.mtu} numtxqueues 1 "
+            f"numrxqueues 1 netns {peer.place.removeprefix('/run/netns/')}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class AddTun:
+    """Make a tun or tap, which lives only while it is open until it is made persistent."""
+
+    device: str
+    index: int
+    kind: str
+    owner: int
+    queues: int
+
+    def __str__(self) -> str:
+        return f"+ {self.kind} {self.device} of uid {self.owner}"
+
+    def command(self) -> str:
+        many = " multi_queue" if self.queues > 1 else ""
+        return f"ip tuntap add {self.device} mode {self.kind} user {self.owner}{many}"
+
+
+@dataclass(frozen=True, slots=True)
+class PersistTun:
+    """Make a tun or tap outlive the program that has it open, and give it to its owner."""
+
+    device: str
+    kind: str
+    owner: int
+    queues: int
+
+    def __str__(self) -> str:
+        return f"~ {self.kind} {self.device} persistent, of uid {self.owner}"
+
+    def command(self) -> str:
+        many = " multi_queue" if self.queues > 1 else ""
+        return f"ip tuntap add {self.device} mode {self.kind} user {self.owner}{many}  # again: persistent"
+
+
+@dataclass(frozen=True, slots=True)
+class DelLink:
+    """Delete a device, and with it all that hangs on it."""
+
+    place: str
+    device: str
+    index: int
+
+    def __str__(self) -> str:
+        return f"- device {self.device}{_where(self.place)}"
+
+    def command(self) -> str:
+        return f"{_in(self.place, 'ip')} link del {self.device}"
+
+
+@dataclass(frozen=True, slots=True)
+class SetLink:
+    """Change properties of a device; None leaves one as it is."""
+
+    place: str
+    device: str
+    index: int
+    alias: str | None = None
+    group: int | None = None
+    mac: str | None = None
+    mtu: int | None = None
+    up: bool | None = None
+    multicast: bool | None = None
+
+    def _words(self) -> str:
+        words = []
+        if self.alias is not None:
+            words.append(f"alias {self.alias}")
+        if self.group is not None:
+            words.append(f"group {self.group}")
+        if self.mac is not None:
+            words.append(f"address {self.mac}")
+        if self.mtu is not None:
+            words.append(f"mtu {self.mtu}")
+        if self.multicast is not None:
+            words.append(f"multicast {'on' if self.multicast else 'off'}")
+        if self.up is not None:
+            words.append("up" if self.up else "down")
+        return " ".join(words)
+
+    def __str__(self) -> str:
+        return f"~ device {self.device}{_where(self.place)}: {self._words()}"
+
+    def command(self) -> str:
+        return f"{_in(self.place, 'ip')} link set {self.device} {self._words()}"
+
+
+@dataclass(frozen=True, slots=True)
+class SetConf:
+    """Set IPv4 sysctls of a device (name, value), without a way through /proc."""
+
+    place: str
+    device: str
+    index: int
+    values: tuple[tuple[str, int], ...]
+
+    def _words(self) -> str:
+        return " ".join(f"net.ipv4.conf.{self.device}.{name}={value}" for name, value in self.values)
+
+    def __str__(self) -> str:
+        return f"~ sysctl {self._words()}{_where(self.place)}"
+
+    def command(self) -> str:
+        return f"{_in(self.place, 'sysctl')} -qw {self._words()}"
+
+
+@dataclass(frozen=True, slots=True)
+class SetSysctl:
+    """Set a sysctl of the host by its name with slashes (a device's name may have dots): net/ipv4/ip_forward."""
+
+    key: str
+    value: int
+
+    def __str__(self) -> str:
+        return f"~ sysctl {self.key}={self.value}"
+
+    def command(self) -> str:
+        return f"sysctl -qw {self.key}={self.value}"
+
+
+@dataclass(frozen=True, slots=True)
+class AddClsact:
+    """Give a device the hook that filters are attached to."""
+
+    device: str
+    index: int
+
+    def __str__(self) -> str:
+        return f"+ clsact on {self.device}"
+
+    def command(self) -> str:
+        return f"tc qdisc add dev {self.device} clsact"
+
+
+@dataclass(frozen=True, slots=True)
+class DelFilter:
+    """Delete what stands in our filter's place."""
+
+    device: str
+    index: int
+    direction: str
+
+    def __str__(self) -> str:
+        return f"- filter {self.direction} of {self.device} at pref 1"
+
+    def command(self) -> str:
+        return f"tc filter del dev {self.device} {self.direction} pref 1"
+
+
+@dataclass(frozen=True, slots=True)
+class SetFilter:
+    """Attach a program to a device, `direction` being ingress or egress, in place of the one there."""
+
+    device: str
+    index: int
+    direction: str
+    program: Program
+
+    def __str__(self) -> str:
+        return f"+ filter {self.direction} of {self.device}"
+
+    def command(self) -> str:
+        return (
+            f"tc filter replace dev {self.device} {self.direction} pref 1 protocol all handle 1 "
+            f"bpf da bytecode '{bytecode(self.program)}'"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRules:
+    """Load our nftables table whole: one transaction, without a gap."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return "~ nftables table ip vmnet"
+
+    def command(self) -> str:
+        return f"nft -f - <<'END'\n{self.text}END"
+
+
+@dataclass(frozen=True, slots=True)
+class DelRules:
+    """Delete our nftables table."""
+
+    def __str__(self) -> str:
+        return "- nftables table ip vmnet"
+
+    def command(self) -> str:
+        return "nft delete table ip vmnet"
+
+
+@dataclass(frozen=True, slots=True)
+class WriteNames:
+    """Write the block of guest names in the hosts file: (hostname, address) for each."""
+
+    path: str
+    names: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        return f"~ names of {len(self.names)} guests in {self.path}"
+
+    def command(self) -> str:
+        if not self.names:
+            return f"editor {self.path}  # the block of vmnet goes"
+        shown = ", ".join(f"{address} {hostname}" for hostname, address in self.names[:3])
+        return f"editor {self.path}  # the block of vmnet: {shown}{', ...' if len(self.names) > 3 else ''}"
+
+
+Op: TypeAlias = (
+    AddRoute | DelRoute | AddAddress | DelAddress | PutBackAddress | SetNeighbour | AddNetns | DelNetns | AddVeth
+    | AddTun | PersistTun | DelLink | SetLink | SetConf | SetSysctl | AddClsact | DelFilter | SetFilter | LoadRules
+    | DelRules | WriteNames
+)  # fmt: skip

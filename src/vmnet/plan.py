@@ -1,0 +1,599 @@
+"""Decide what must change so that the kernel shows what the records ask for.
+
+Everything here is pure: what is desired is made from a lease, what is observed is a view, and the difference
+is a list of ops in the order in which they must run. A second plan, made after the ops have run, is empty.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+from netaddr import IPNetwork, IPSet
+
+from vmnet import filters
+from vmnet.ipam import gateway_mac
+from vmnet.model import HOST_PART, POOL_SPAN, Conflict, Lease
+from vmnet.ops import (
+    SCOPE_HOST,
+    SCOPE_LINK,
+    TABLE_LOCAL,
+    TABLE_MAIN,
+    AddAddress,
+    AddClsact,
+    AddNetns,
+    Address,
+    AddRoute,
+    AddTun,
+    AddVeth,
+    DelAddress,
+    DelFilter,
+    DelLink,
+    DelNetns,
+    DelRoute,
+    DelRules,
+    LoAddress,
+    LoadRules,
+    Op,
+    Peer,
+    PersistTun,
+    PutBackAddress,
+    Route,
+    SetConf,
+    SetFilter,
+    SetLink,
+    SetNeighbour,
+    SetSysctl,
+)
+
+HOST = ""
+PEER_NAME = "eth0"
+ALIAS_PREFIX = "vmnet:"
+INDEX_BASE = 100_000
+DEFAULT_ROUTE = "0.0.0.0/0"
+_LAST_METRIC = 0xFFFFFFFF
+_LO_INDEX = 1
+_LO_WIDE = "127.0.0.1/8"
+_LO_CARVED = "127.0.0.1/16"
+_LOCAL_SOURCE = "127.0.0.1"
+# What stays local to lo beside the pool: the host part, and what programs may already use.
+_KEPT_LOCAL = ("127.0.0.0/16", "127.64.0.0/10", "127.128.0.0/9")
+
+Conf: TypeAlias = dict[str, int]
+HOST_CONF: Conf = {"route_localnet": 0, "accept_local": 0, "forwarding": 1, "rp_filter": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """The settings that the data plane is made from: first octet of the shadow, mark bit, link groups."""
+
+    shadow: int = 247
+    mark: int = 0x08000000
+    group_mapped: int = 32001
+    group_native: int = 32002
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A device as the kernel shows it; `kind` is veth, tap, tun or whatever else it is.
+
+    `conf` holds the IPv4 sysctls of HOST_CONF; `disable_ipv6` is None on a kernel without IPv6, `owner` is None
+    for a tap that anybody may open.
+    """
+
+    index: int
+    name: str
+    kind: str
+    group: int
+    alias: str
+    mac: str | None
+    mtu: int
+    up: bool
+    multicast: bool
+    conf: Conf
+    disable_ipv6: bool | None
+    owner: int | None = None
+    multi_queue: bool = False
+    persist: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """What stands at pref 1 of a hook: our program's bytes, or None for something of another kind."""
+
+    program: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """A device and all that hangs on it; `routes` are those of our protocol, `neighbours` the permanent ones."""
+
+    link: Link | None = None
+    addresses: frozenset[Address] = frozenset()
+    routes: frozenset[Route] = frozenset()
+    neighbours: frozenset[tuple[str, str]] = frozenset()
+    filters: dict[str, Filter] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Inside:
+    """What a guest's namespace shows: its device, its lo, our routes on lo, and whether it has a way out."""
+
+    side: Side
+    lo: tuple[LoAddress, ...]
+    lo_up: bool
+    lo_routes: frozenset[Route]
+    has_default: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GuestView:
+    """A guest as observed. `netns` is none (not a veth), absent, ours (the one recorded) or stranger.
+
+    `inside` is None where the namespace is not there, is not ours, or may not be looked into.
+    """
+
+    host: Side = field(default_factory=Side)
+    netns: str = "none"
+    inside: Inside | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """A guest as desired, on both of its sides."""
+
+    name: str
+    kind: str
+    index: int
+    host: Side
+    programs: dict[str, filters.Program]
+    peer: Peer | None = None
+    inside: Side | None = None
+    inside_lo_routes: frozenset[Route] = frozenset()
+    owned_netns: bool = False
+    owner: int = 0
+    queues: int = 1
+
+
+def dotted(number: int) -> str:
+    """Return an IPv4 address, given as a number in host order, in dotted form."""
+    return f"{number >> 24}.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}"
+
+
+def shadow_of(number: int, plane: Plane) -> int:
+    """Return the shadow of an address of the pool: the same lower 24 bits under the shadow's first octet."""
+    return plane.shadow << 24 | number & 0xFFFFFF
+
+
+def desire(lease: Lease, plane: Plane, *, index_shift: int = 0) -> Guest:
+    """Return what the kernel must show for `lease`."""
+    first = lease.block.first
+    native = lease.mode == "native"
+    shadow_gateway = dotted(shadow_of(first + 1, plane))
+    own_address = first + 2 if native else shadow_of(first + 2, plane)
+    device = lease.device
+    index = INDEX_BASE + 2 * lease.block.number + index_shift
+    host_mac = None if lease.kind == "tun" else gateway_mac(lease.block)
+    programs = {
+        "ingress": filters.ingress(lease.kind, lease.mode, own_address),
+        "egress": filters.egress(lease.kind, lease.mode, plane.mark),
+    }
+    host = Side(
+        link=Link(
+            index=index,
+            name=device,
+            kind=lease.kind,
+            group=plane.group_native if native else plane.group_mapped,
+            alias=ALIAS_PREFIX + lease.name,
+            mac=host_mac,
+            mtu=lease.mtu,
+            up=True,
+            multicast=False,
+            conf=HOST_CONF,
+            disable_ipv6=True,
+            owner=None if lease.kind == "veth" else lease.owner,
+            multi_queue=lease.queues > 1,
+        ),
+        addresses=frozenset({Address(f"{shadow_gateway}/30")}),
+        routes=frozenset(
+            {Route(f"{dotted(first)}/30", TABLE_LOCAL, "unicast", device, source=shadow_gateway, scope=SCOPE_LINK)}
+        ),
+        # In native mode the look-up comes after the rewriting, so the neighbour has the guest's own spelling.
+        neighbours=frozenset({(dotted(own_address), lease.mac)} if lease.mac else ()),
+        filters={direction: Filter(filters.encode(program)) for direction, program in programs.items()},
+    )
+    guest = Guest(
+        name=lease.name, kind=lease.kind, index=index, host=host, programs=programs, owner=lease.owner,
+        queues=lease.queues,
+    )  # fmt: skip
+    if lease.kind != "veth" or lease.netns is None or lease.mac is None:
+        return guest
+    peer = Peer(PEER_NAME, index + 1, lease.mac, lease.netns.path)
+    return replace(
+        guest,
+        peer=peer,
+        inside=_desire_inside(lease, peer, own_address, plane, host_mac or ""),
+        inside_lo_routes=frozenset(_local_routes() if native else ()),
+        owned_netns=lease.netns.owned,
+    )
+
+
+def _local_routes() -> list[Route]:
+    return [Route(prefix, TABLE_LOCAL, "local", "lo", source=_LOCAL_SOURCE, scope=SCOPE_HOST) for prefix in _KEPT_LOCAL]
+
+
+def _desire_inside(lease: Lease, peer: Peer, address: int, plane: Plane, gateway_mac_: str) -> Side:
+    native = lease.mode == "native"
+    own = dotted(address)
+    gateway = dotted(address - 1)
+    routes = {Route(DEFAULT_ROUTE, TABLE_MAIN, "unicast", peer.name, gateway=gateway)}
+    if native:
+        # These three keep a lo that goes down and up, and so has its /8 again, from cutting the guest off.
+        routes |= {
+            Route(f"{gateway}/32", TABLE_LOCAL, "unicast", peer.name, source=own, scope=SCOPE_LINK),
+            Route(str(POOL_SPAN), TABLE_LOCAL, "unicast", peer.name, gateway=gateway, source=own, onlink=True),
+        }
+    return Side(
+        link=Link(
+            index=peer.index,
+            name=peer.name,
+            kind="veth",
+            group=0,
+            alias="",
+            mac=peer.mac,
+            mtu=lease.mtu,
+            up=True,
+            multicast=True,
+            conf={"route_localnet": 1} if native else {},
+            disable_ipv6=None,
+        ),
+        addresses=frozenset({Address(f"{own}/30")}),
+        routes=frozenset(routes),
+        neighbours=frozenset({(gateway, gateway_mac_)} if native else ()),
+    )
+
+
+def is_ours(link: Link, desired: Guest) -> bool:
+    """Say whether a device of a guest's name is the guest's: by its alias, or by kind, group and MAC."""
+    wanted = desired.host.link
+    assert wanted is not None
+    if link.alias == wanted.alias:
+        return True
+    same = link.kind == wanted.kind and link.group == wanted.group
+    return same and not link.alias and (link.mac == wanted.mac or link.kind == "tun")
+
+
+def plan_guest(desired: Guest, observed: GuestView) -> list[Op]:
+    """Return the ops that make a guest as desired.
+
+    Raises Conflict where a device or a namespace of that name is somebody else's.
+    """
+    wanted = desired.host.link
+    assert wanted is not None
+    link = observed.host.link
+    if link and not is_ours(link, desired):
+        raise Conflict(
+            f"a device {link.name} is there that is not ours ({link.kind}, group {link.group}, alias {link.alias!r})",
+            hint=f"rename or delete it (ip link del {link.name}), or give the guest another name",
+        )
+    ops: list[Op] = []
+    if desired.peer:
+        if observed.netns == "stranger":
+            raise Conflict(
+                f"{desired.peer.place} is another network namespace than the one recorded for {desired.name}",
+                hint=f"vmnet delete {desired.name}, then create it anew",
+            )
+        if observed.netns == "absent":
+            if not desired.owned_netns:
+                raise Conflict(
+                    f"the network namespace {desired.peer.place} of {desired.name} is gone",
+                    hint=f"start what made it, or vmnet delete {desired.name}",
+                )
+            ops.append(AddNetns(desired.peer.place, ALIAS_PREFIX + desired.name))
+        inside = observed.inside
+        if link and (inside is None or inside.side.link is None):
+            # The far end went away or lies in another namespace: a veth is whole or it is not there.
+            if inside is not None or observed.netns == "absent":
+                ops.insert(0, DelLink(HOST, link.name, link.index))
+                link = None
+        elif not link and inside and inside.side.link:
+            raise Conflict(
+                f"the network namespace {desired.peer.place} already has a device {PEER_NAME}",
+                hint="give the guest a namespace without one",
+            )
+    elif link and (link.kind != wanted.kind or link.multi_queue != wanted.multi_queue):
+        ops.append(DelLink(HOST, link.name, link.index))
+        link = None
+    host = observed.host if link else Side()
+    if link is None:
+        ops += _make_device(desired)
+        link = _as_made(desired, wanted)
+    ops += _plan_host_side(desired, link, host)
+    if desired.inside and desired.peer and (observed.inside or observed.netns == "absent"):
+        seen = observed.inside or Inside(Side(), (), True, frozenset(), False)
+        ops += _plan_inside(desired, desired.peer, seen, fresh=observed.netns == "absent")
+    return ops
+
+
+def _make_device(desired: Guest) -> list[Op]:
+    wanted = desired.host.link
+    assert wanted is not None
+    if desired.peer:
+        return [AddVeth(wanted.name, wanted.index, wanted.group, wanted.mac or "", wanted.mtu, desired.peer)]
+    return [AddTun(wanted.name, wanted.index, desired.kind, desired.owner, desired.queues)]
+
+
+def _as_made(desired: Guest, wanted: Link) -> Link:
+    """Return what a device is before anything is set that its making does not set."""
+    made = replace(wanted, alias="", up=False, multicast=True, conf={}, disable_ipv6=False, persist=False)
+    if desired.peer:
+        return made
+    return replace(made, mac=None, group=0, mtu=0)
+
+
+def _plan_host_side(desired: Guest, link: Link, observed: Side) -> list[Op]:
+    """Return the ops for the host's side: sysctls and filters stand before the device goes up."""
+    wanted = desired.host.link
+    assert wanted is not None
+    name, index = link.name, link.index
+    ops: list[Op] = []
+    change = SetLink(
+        HOST, name, index,
+        alias=wanted.alias if link.alias != wanted.alias else None,
+        group=wanted.group if link.group != wanted.group else None,
+        mac=wanted.mac if wanted.mac and link.mac != wanted.mac else None,
+        mtu=wanted.mtu if link.mtu != wanted.mtu else None,
+        multicast=False if link.multicast else None,
+    )  # fmt: skip
+    if change != SetLink(HOST, name, index):
+        ops.append(change)
+    values = tuple((key, value) for key, value in wanted.conf.items() if link.conf.get(key) != value)
+    if values:
+        ops.append(SetConf(HOST, name, index, values))
+    hooks = {direction: observed.filters.get(direction) for direction in desired.programs}
+    if not any(hooks.values()):
+        ops.append(AddClsact(name, index))
+    for direction, program in desired.programs.items():
+        there = hooks[direction]
+        if there == desired.host.filters[direction]:
+            continue
+        if there and there.program is None:
+            ops.append(DelFilter(name, index, direction))
+        ops.append(SetFilter(name, index, direction, program))
+    if link.disable_ipv6 is False:
+        # A guest's router advertisement would give the host a default route through the guest.
+        ops.append(SetSysctl(f"net/ipv6/conf/{name}/disable_ipv6", 1))
+    ops += [AddAddress(HOST, name, index, address) for address in sorted(desired.host.addresses - observed.addresses)]
+    ops += [DelAddress(HOST, name, index, address) for address in sorted(observed.addresses - desired.host.addresses)]
+    if not link.up:
+        ops.append(SetLink(HOST, name, index, up=True))
+    ops += [DelRoute(HOST, route, index) for route in sorted(observed.routes - desired.host.routes, key=str)]
+    ops += [AddRoute(HOST, route, index) for route in sorted(desired.host.routes - observed.routes)]
+    ops += [
+        SetNeighbour(HOST, name, index, address, mac)
+        for address, mac in sorted(desired.host.neighbours - observed.neighbours)
+    ]
+    if desired.kind != "veth" and (not link.persist or link.owner != wanted.owner):
+        ops.append(PersistTun(name, desired.kind, desired.owner, desired.queues))
+    return ops
+
+
+def _gateways_last(route: Route) -> tuple[bool, str]:
+    return route.gateway is not None, route.destination
+
+
+def _plan_inside(desired: Guest, peer: Peer, observed: Inside, *, fresh: bool) -> list[Op]:
+    side = desired.inside
+    assert side is not None and side.link is not None
+    place, wanted = peer.place, side.link
+    link = observed.side.link
+    index = link.index if link else peer.index
+    ops: list[Op] = []
+    if not observed.lo_up:
+        ops.append(SetLink(place, "lo", _LO_INDEX, up=True))
+    if desired.inside_lo_routes:
+        ops += [
+            AddRoute(place, route, _LO_INDEX, append=route.destination == str(HOST_PART))
+            for route in sorted(desired.inside_lo_routes - observed.lo_routes)
+        ]
+        lo = observed.lo
+        if fresh or not observed.lo_up:
+            # The kernel gives a lo that goes up its address by itself.
+            lo = (LoAddress(_LO_WIDE, SCOPE_HOST, 0, ()),)
+        ops += plan_carved_lo(place, lo)
+    change = SetLink(
+        place, peer.name, index,
+        mac=wanted.mac if link and link.mac != wanted.mac else None,
+        mtu=wanted.mtu if link and link.mtu != wanted.mtu else None,
+    )  # fmt: skip
+    if change != SetLink(place, peer.name, index):
+        ops.append(change)
+    conf = link.conf if link else {}
+    values = tuple((key, value) for key, value in wanted.conf.items() if conf.get(key) != value)
+    if values:
+        ops.append(SetConf(place, peer.name, index, values))
+    ops += [AddAddress(place, peer.name, index, one) for one in sorted(side.addresses - observed.side.addresses)]
+    if not (link and link.up):
+        ops.append(SetLink(place, peer.name, index, up=True))
+    routes = side.routes
+    if observed.has_default:
+        # Any way out will do: a guest that has one of its own keeps it.
+        routes = frozenset(route for route in routes if route.destination != DEFAULT_ROUTE)
+    ops += [AddRoute(place, one, index) for one in sorted(routes - observed.side.routes, key=_gateways_last)]
+    ops += [
+        SetNeighbour(place, peer.name, index, address, mac)
+        for address, mac in sorted(side.neighbours - observed.side.neighbours)
+    ]
+    return ops
+
+
+def plan_removal(desired: Guest, observed: GuestView, *, keep_netns: bool = False) -> list[Op]:
+    """Return the ops after which nothing of a guest is left in the kernel; what is not ours stays.
+
+    With `keep_netns` a namespace that vmnet made stays too, and with it what runs in it.
+    """
+    ops: list[Op] = []
+    link = observed.host.link
+    if link and is_ours(link, desired):
+        ops.append(DelLink(HOST, link.name, link.index))
+    if desired.peer and observed.netns == "ours":
+        place = desired.peer.place
+        if desired.owned_netns:
+            if not keep_netns:
+                ops.append(DelNetns(place))
+        elif observed.inside and observed.inside.lo_routes:
+            ops += plan_restored_lo(place, observed.inside.lo, None)
+            ops += [DelRoute(place, route, _LO_INDEX) for route in sorted(observed.inside.lo_routes)]
+    return ops
+
+
+# The host part
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """How the host was at the first carve of this boot; `forwarding` is that of each device by name."""
+
+    lo: tuple[LoAddress, ...]
+    ip_forward: int
+    accept_redirects: int
+    forwarding: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """Somebody else's use of addresses: `kind` is local (this host answers there) or foreign (something else does)."""
+
+    kind: str
+    network: IPNetwork
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.network}: {self.what}"
+
+
+@dataclass(frozen=True, slots=True)
+class HostView:
+    """The host part as observed: lo, routes of our protocol, the listing of our table, ip_forward."""
+
+    lo: tuple[LoAddress, ...]
+    lo_up: bool
+    routes: frozenset[Route]
+    listing: str | None
+    ip_forward: int
+
+
+@dataclass(frozen=True, slots=True)
+class HostWish:
+    """The host part as desired: `kept` are ranges of the pool that stay local, `holes` those left to others.
+
+    `text` is the ruleset as it is loaded, `listing` how nft lists it; None where the caller may not see rules.
+    """
+
+    plane: Plane
+    kept: tuple[IPNetwork, ...]
+    holes: tuple[IPNetwork, ...]
+    text: str
+    listing: str | None
+
+
+def kept_local(pool: Iterable[IPNetwork], reserved: Iterable[IPNetwork], used: Iterable[IPNetwork]) -> list[IPNetwork]:
+    """Return the parts of 127.1.0.0 to 127.63.255.255 that stay local to lo: beside the pool, reserved, or used."""
+    beside = IPSet([POOL_SPAN]) - IPSet([HOST_PART]) - IPSet(pool)
+    kept = beside | ((IPSet(reserved) | IPSet(used)) & IPSet([POOL_SPAN])) - IPSet([HOST_PART])
+    return sorted(kept.iter_cidrs())
+
+
+def host_routes(wish: HostWish) -> list[Route]:
+    """Return the routes of the host part, in the order in which they are to be added."""
+    routes = _local_routes()
+    routes += [
+        Route(str(kept), TABLE_LOCAL, "local", "lo", source=_LOCAL_SOURCE, scope=SCOPE_HOST) for kept in wish.kept
+    ]
+    fence: Iterable[IPNetwork] = [POOL_SPAN]
+    if wish.holes:
+        fence = (IPSet([POOL_SPAN]) - IPSet(wish.holes)).iter_cidrs()
+    routes += [Route(str(part), TABLE_LOCAL, "unreachable") for part in fence]
+    routes.append(Route(f"{wish.plane.shadow}.0.0.0/8", TABLE_MAIN, "unreachable", metric=_LAST_METRIC))
+    return routes
+
+
+def _index(route: Route) -> int:
+    return _LO_INDEX if route.device else 0
+
+
+def plan_host(wish: HostWish, observed: HostView) -> list[Op]:
+    """Return the ops that carve and fence the host: the carve last, when nothing depends on the /8 any more."""
+    routes = host_routes(wish)
+    ops: list[Op] = []
+    if not observed.lo_up:
+        ops.append(SetLink(HOST, "lo", _LO_INDEX, up=True))
+    ops += [
+        AddRoute(HOST, route, _index(route), append=route.destination == str(HOST_PART))
+        for route in routes
+        if route not in observed.routes or not observed.lo_up
+    ]
+    ops += [DelRoute(HOST, route, _index(route)) for route in sorted(observed.routes - set(routes), key=str)]
+    if wish.listing is not None and observed.listing != wish.listing:
+        ops.append(LoadRules(wish.text))
+    if observed.ip_forward != 1:
+        ops.append(SetSysctl("net/ipv4/ip_forward", 1))
+    return ops + plan_carved_lo(HOST, observed.lo)
+
+
+def plan_carved_lo(place: str, lo: Sequence[LoAddress]) -> list[Op]:
+    """Return the ops that take 127.0.0.1/8 off lo, with /16 in its stead, and keep all its other addresses."""
+    values = [address.value for address in lo]
+    if _LO_WIDE not in values:
+        return []
+    ops: list[Op] = []
+    if _LO_CARVED not in values:
+        ops.append(AddAddress(place, "lo", _LO_INDEX, Address(_LO_CARVED, SCOPE_HOST)))
+    ops.append(DelAddress(place, "lo", _LO_INDEX, Address(_LO_WIDE, SCOPE_HOST)))
+    # The kernel deletes the other addresses of a subnet together with its first one.
+    same_subnet = [one for one in lo if one.value != _LO_WIDE and IPNetwork(one.value).cidr == IPNetwork("127.0.0.0/8")]
+    return ops + [PutBackAddress(place, address) for address in same_subnet]
+
+
+def plan_restored_lo(place: str, lo: Sequence[LoAddress], found: Sequence[LoAddress] | None) -> list[Op]:
+    """Return the ops that put lo back: as it was found, or with a plain 127.0.0.1/8 where that is not known.
+
+    Addresses that others added or took away meanwhile are left so.
+    """
+    values = [address.value for address in lo]
+    if _LO_CARVED not in values or (found is not None and _LO_WIDE not in [one.value for one in found]):
+        return []
+    wide = next((one for one in found or () if one.value == _LO_WIDE), LoAddress(_LO_WIDE, SCOPE_HOST, 0, ()))
+    # The kernel puts a new address behind those of its scope, and makes it a secondary of one of its subnet:
+    # so those of lo's scope step aside.
+    others = [one for one in lo if one.scope == SCOPE_HOST and one.value not in (_LO_WIDE, _LO_CARVED)]
+    order = [one.value for one in found or ()]
+    back = sorted(others, key=lambda one: order.index(one.value) if one.value in order else len(order))
+    keep_carved = found is not None and _LO_CARVED in order
+    ops: list[Op] = [DelAddress(place, "lo", _LO_INDEX, Address(one.value, one.scope)) for one in others]
+    if _LO_WIDE not in values:
+        ops.append(PutBackAddress(place, wide))
+    if not keep_carved:
+        ops.append(DelAddress(place, "lo", _LO_INDEX, Address(_LO_CARVED, SCOPE_HOST)))
+    return ops + [PutBackAddress(place, one) for one in back]
+
+
+def plan_host_removal(observed: HostView, found: Found | None, *, others_forward: bool) -> list[Op]:
+    """Return the ops that put the host back as it was found: rules, lo, our routes, forwarding."""
+    ops: list[Op] = []
+    if observed.listing is not None:
+        ops.append(DelRules())
+    ops += plan_restored_lo(HOST, observed.lo, found.lo if found else None)
+    ops += [DelRoute(HOST, route, _index(route)) for route in sorted(observed.routes, key=_fence_first)]
+    if found and not found.ip_forward and observed.ip_forward and not others_forward:
+        ops.append(SetSysctl("net/ipv4/ip_forward", 0))
+        ops.append(SetSysctl("net/ipv4/conf/all/accept_redirects", found.accept_redirects))
+        ops += [
+            SetSysctl(f"net/ipv4/conf/{name}/forwarding", value)
+            for name, value in sorted(found.forwarding.items())
+            if value
+        ]
+    return ops
+
+
+def _fence_first(route: Route) -> tuple[bool, str]:
+    return route.type != "unreachable", str(route)

@@ -1,0 +1,30 @@
+"""Render the nftables ruleset from its template: from validated settings only, and without I/O beyond that."""
+
+from importlib.resources import files
+from string import Template
+
+from vmnet.plan import Plane
+
+# The host did not forward before vmnet: a new connection that passes through it and that nobody translates is a
+# neighbour who uses it as a router. Whoever wants forwarding (Docker, libvirt, a VPN) translates addresses.
+_GUARD = "\t\tmeta iif != 0 ct state new ct status & (snat | dnat) == 0 meta iifgroup != { $mapped, $native } drop\n"
+
+
+def render(plane: Plane, *, guard: bool) -> str:
+    """Return the ruleset; with `guard`, what is not ours and not translated is not forwarded either."""
+    step = plane.shadow - 0x7F << 8
+    values = {
+        "mapped": plane.group_mapped,
+        "native": plane.group_native,
+        "shadow": plane.shadow,
+        "shadow_hex": f"{plane.shadow:#04x}",
+        "mark": f"{plane.mark:#010x}",
+        # Ones' complement arithmetic of RFC 1624: what the unused word must hold for the sum to stay the same.
+        "one_in": f"{~step & 0xFFFF:#06x}",
+        "both_in": f"{~(2 * step) & 0xFFFF:#06x}",
+        "one_out": f"{step:#06x}",
+        "both_out": f"{2 * step & 0xFFFF:#06x}",
+    }
+    template = (files("vmnet") / "templates" / "nftables.nft").read_text()
+    guard_text = Template(_GUARD).substitute(values) if guard else ""
+    return Template(template).substitute(values, guard=guard_text)
