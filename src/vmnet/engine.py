@@ -33,7 +33,7 @@ from vmnet.model import (
     VmnetError,
     check_name,
 )
-from vmnet.ops import AddNetns, AddTun, AddVeth, DelNetns, Op, WriteNames
+from vmnet.ops import AddTun, AddVeth, Op, WriteNames
 from vmnet.plan import (
     Found,
     Guest,
@@ -54,7 +54,7 @@ from vmnet.store import HostRecord, LeaseRequest, RecordsUnreadable, Reservation
 
 _CHUNK = 100
 _ATTEMPTS = 4
-_LO_ALIASES_STEP = 3_000_017
+_INDEX_STEP = 3_000_017
 _DEFAULT_MODES: dict[Kind, Mode] = {"tap": "mapped", "veth": "native", "tun": "native"}
 
 
@@ -621,11 +621,10 @@ class Engine:
             refusals = self._apply([ops for _, ops in plans])
             for refusal in refusals:
                 if isinstance(refusal.op, AddVeth | AddTun) and refusal.errno in (errno.EEXIST, errno.EBUSY):
-                    shift += _LO_ALIASES_STEP  # somebody has a device of that index
+                    shift += _INDEX_STEP  # somebody has a device of that index
                     continue
                 problems[plans[refusal.number][0].name] = refusal.error
             left = [lease for lease, _ in plans if lease.name not in problems]
-            left = [lease for lease in store.leases([one.name for one in left])] if _made_netns(plans) else left
         return problems
 
     def _learn_netns(self, store: Store, leases: Sequence[Lease], problems: Mapping[str, VmnetError]) -> None:
@@ -734,10 +733,6 @@ class Engine:
                     hint="run vmnet there, or set VMNET_STATE_DIR and VMNET_RUN_DIR to folders for this one",
                 )
         return store
-
-
-def _made_netns(plans: Sequence[tuple[Lease, list[Op]]]) -> bool:
-    return any(isinstance(op, AddNetns | DelNetns) for _, ops in plans for op in ops)
 
 
 def _chunks(leases: Sequence[Lease], size: int = _CHUNK) -> Iterable[Sequence[Lease]]:

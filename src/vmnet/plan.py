@@ -211,7 +211,7 @@ def desire(lease: Lease, plane: Plane, *, index_shift: int = 0) -> Guest:
     return replace(
         guest,
         peer=peer,
-        inside=_desire_inside(lease, peer, own_address, plane, host_mac or ""),
+        inside=_desire_inside(lease, peer, own_address, host_mac or ""),
         inside_lo_routes=frozenset(_local_routes() if native else ()),
         owned_netns=lease.netns.owned,
     )
@@ -221,7 +221,7 @@ def _local_routes() -> list[Route]:
     return [Route(prefix, TABLE_LOCAL, "local", "lo", source=_LOCAL_SOURCE, scope=SCOPE_HOST) for prefix in _KEPT_LOCAL]
 
 
-def _desire_inside(lease: Lease, peer: Peer, address: int, plane: Plane, gateway_mac_: str) -> Side:
+def _desire_inside(lease: Lease, peer: Peer, address: int, host_mac: str) -> Side:
     native = lease.mode == "native"
     own = dotted(address)
     gateway = dotted(address - 1)
@@ -248,7 +248,7 @@ def _desire_inside(lease: Lease, peer: Peer, address: int, plane: Plane, gateway
         ),
         addresses=frozenset({Address(f"{own}/30")}),
         routes=frozenset(routes),
-        neighbours=frozenset({(gateway, gateway_mac_)} if native else ()),
+        neighbours=frozenset({(gateway, host_mac)} if native else ()),
     )
 
 
@@ -383,7 +383,8 @@ def _gateways_last(route: Route) -> tuple[bool, str]:
 
 def _plan_inside(desired: Guest, peer: Peer, observed: Inside, *, fresh: bool) -> list[Op]:
     side = desired.inside
-    assert side is not None and side.link is not None
+    assert side is not None
+    assert side.link is not None
     place, wanted = peer.place, side.link
     link = observed.side.link
     index = link.index if link else peer.index

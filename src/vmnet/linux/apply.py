@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from vmnet.filters import encode
 from vmnet.linux import nft, wire
@@ -102,7 +102,7 @@ def apply(
     lists: Sequence[Sequence[Op]],
     *,
     write_names: Callable[[WriteNames], None],
-    done: Callable[[Op], None] | None = None,
+    done: Callable[[Op], None],
 ) -> list[Refusal]:
     """Carry out `lists` of ops and return what was refused; the rest of such a list is left undone."""
     return _Run(places, lists, write_names, done).run()
@@ -114,12 +114,12 @@ class _Run:
         places: Places,
         lists: Sequence[Sequence[Op]],
         write_names: Callable[[WriteNames], None],
-        done: Callable[[Op], None] | None,
+        done: Callable[[Op], None],
     ) -> None:
         self._places = places
         self._left = [deque(ops) for ops in lists]
         self._write_names = write_names
-        self._done = done or (lambda op: None)
+        self._done = done
         self._tuns: dict[str, int] = {}
         self._refusals: list[Refusal] = []
 
@@ -230,42 +230,13 @@ class _Run:
         return any(refusal.number == number for refusal in self._refusals)
 
     def _encode(self, op: Op) -> Message:
-        match op:
-            case AddVeth():
-                peer = op.peer
-                self._places.open(peer.place)
-                body = wire.veth(op.device, op.index, op.group, op.mac, op.mtu)
-                body += wire.veth_peer(peer.name, peer.index, peer.mac, op.mtu, self._places.handle(peer.place))
-                return Message(RTM_NEWLINK, _NEW, body)
-            case SetLink():
-                return Message(RTM_SETLINK, 0, _link_changes(op))
-            case SetConf():
-                return Message(RTM_SETLINK, 0, wire.link_header(op.index) + wire.conf_spec(op.values))
-            case AddClsact():
-                return Message(RTM_NEWQDISC, _NEW, wire.clsact(op.index))
-            case SetFilter():
-                body = wire.filter_program(op.index, op.direction, encode(op.program))
-                return Message(RTM_NEWTFILTER, NLM_F_CREATE, body)
-            case DelFilter():
-                return Message(RTM_DELTFILTER, 0, wire.filter_place(op.index, op.direction))
-            case AddAddress():
-                return Message(RTM_NEWADDR, _NEW, wire.address(op.index, op.address))
-            case DelAddress():
-                return Message(RTM_DELADDR, 0, wire.address(op.index, op.address))
-            case PutBackAddress():
-                return Message(RTM_NEWADDR, _NEW, wire.lo_address(op.address))
-            case AddRoute():
-                flags = NLM_F_CREATE | NLM_F_APPEND if op.append else _NEW
-                return Message(RTM_NEWROUTE, flags, wire.route(op.route, op.index))
-            case DelRoute():
-                return Message(RTM_DELROUTE, 0, wire.route(op.route, op.index))
-            case SetNeighbour():
-                flags = NLM_F_CREATE | NLM_F_REPLACE
-                return Message(RTM_NEWNEIGH, flags, wire.neighbour(op.index, op.address, op.mac))
-            case DelLink():
-                return Message(RTM_DELLINK, 0, wire.link_header(op.index))
-            case _:
-                raise TypeError(f"no message for {op!r}")
+        if isinstance(op, AddVeth):
+            peer = op.peer
+            self._places.open(peer.place)
+            body = wire.veth(op.device, op.index, op.group, op.mac, op.mtu)
+            body += wire.veth_peer(peer.name, peer.index, peer.mac, op.mtu, self._places.handle(peer.place))
+            return Message(RTM_NEWLINK, _NEW, body)
+        return _ENCODERS[type(op)](op)
 
     def _delete_links(self, doomed: Sequence[tuple[int, DelLink]]) -> None:
         if len(doomed) == 1:
@@ -287,6 +258,34 @@ class _Run:
                 self._refuse(number, op, failure.errno, _explain(op, failure.errno, str(failure)))
 
 
+def _add_route(op: AddRoute) -> Message:
+    flags = NLM_F_CREATE | NLM_F_APPEND if op.append else _NEW
+    return Message(RTM_NEWROUTE, flags, wire.route(op.route, op.index))
+
+
+def _set_filter(op: SetFilter) -> Message:
+    body = wire.filter_program(op.index, op.direction, encode(op.program))
+    return Message(RTM_NEWTFILTER, NLM_F_CREATE, body)
+
+
+def _set_neighbour(op: SetNeighbour) -> Message:
+    return Message(RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, wire.neighbour(op.index, op.address, op.mac))
+
+
+_ENCODERS: dict[type, Callable[[Any], Message]] = {
+    SetLink: lambda op: Message(RTM_SETLINK, 0, _link_changes(op)),
+    SetConf: lambda op: Message(RTM_SETLINK, 0, wire.link_header(op.index) + wire.conf_spec(op.values)),
+    AddClsact: lambda op: Message(RTM_NEWQDISC, _NEW, wire.clsact(op.index)),
+    SetFilter: _set_filter,
+    DelFilter: lambda op: Message(RTM_DELTFILTER, 0, wire.filter_place(op.index, op.direction)),
+    AddAddress: lambda op: Message(RTM_NEWADDR, _NEW, wire.address(op.index, op.address)),
+    DelAddress: lambda op: Message(RTM_DELADDR, 0, wire.address(op.index, op.address)),
+    PutBackAddress: lambda op: Message(RTM_NEWADDR, _NEW, wire.lo_address(op.address)),
+    AddRoute: _add_route,
+    DelRoute: lambda op: Message(RTM_DELROUTE, 0, wire.route(op.route, op.index)),
+    SetNeighbour: _set_neighbour,
+    DelLink: lambda op: Message(RTM_DELLINK, 0, wire.link_header(op.index)),
+}
 _HostOnly: TypeAlias = AddVeth | AddClsact | SetFilter | DelFilter
 
 

@@ -7,7 +7,7 @@ import ctypes
 import os
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -170,10 +170,8 @@ class Places:
     def delete(self, path: str) -> None:
         """Take away the namespace at `path`: the way to it, and itself once nothing runs in it any more."""
         self.forget(path)
-        try:
+        with suppress(OSError):
             umount(path)
-        except OSError:
-            pass
         Path(path).unlink(missing_ok=True)
 
 

@@ -1,0 +1,71 @@
+"""Imports point downward only: words, core, edges, engine, adapters."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[2] / "src" / "vmnet"
+# What each part may import of vmnet; a part that is not named here fails.
+ALLOWED: dict[str, set[str]] = {
+    "": set(),
+    "model": set(),
+    "ipam": {"model"},
+    "filters": {"model"},
+    "ops": {"filters"},
+    "plan": {"filters", "ipam", "model", "ops"},
+    "rules": {"plan"},
+    "settings": {"ipam", "model", "plan"},
+    "store": {"ipam", "model"},
+    "hostsfile": {"model"},
+    "found": {"model", "ops", "plan"},
+    "locks": {"model"},
+    "linux": {"filters", "linux", "model", "ops", "plan", "hostsfile"},
+    "engine": {"found", "hostsfile", "locks", "model", "ops", "plan", "rules", "settings", "store"},
+    "cli": {"", "cli", "engine", "linux", "model", "ops", "plan", "settings"},
+    "__main__": {"cli"},
+}
+PURE = {"model", "ipam", "filters", "ops", "plan"}
+# What does I/O, or makes two calls with the same arguments differ.
+IMPURE = {
+    "os", "io", "pathlib", "socket", "subprocess", "time", "datetime", "random", "secrets", "sqlite3", "tempfile",
+    "pyroute2", "typer", "rich", "logging", "ctypes", "fcntl",
+}  # fmt: skip
+
+
+def part_of(file: Path) -> str:
+    """Return the part of vmnet that a source file belongs to."""
+    first = file.relative_to(SOURCE).parts[0]
+    return first.removesuffix(".py").replace("__init__", "")
+
+
+def imports(file: Path) -> set[str]:
+    """Return the modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: a relative import"
+            module = node.module or ""
+            found |= {f"{module}.{alias.name}" for alias in node.names} if module == "vmnet" else {module}
+    return found
+
+
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+def test_imports_point_downward(file: Path) -> None:
+    part = part_of(file)
+    assert part in ALLOWED, f"{part} is in no layer: name it in {Path(__file__).name}"
+    for module in imports(file):
+        if module.split(".")[0] == "vmnet":
+            target = (module.split(".") + [""])[1]
+            target = "" if target.startswith("__version__") else target
+            assert target in ALLOWED[part], f"{file.name} of {part!r} imports {module}"
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if part_of(file) in PURE], ids=lambda file: file.stem)
+def test_the_core_does_no_io(file: Path) -> None:
+    assert not {module.split(".")[0] for module in imports(file)} & IMPURE
