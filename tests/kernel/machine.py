@@ -161,18 +161,14 @@ def _http(peer: str) -> bytes:
 
 
 class Sniffer:
-    """What arrives on a device (on all of them when `device` is empty) before any filter sees it."""
+    """A socket that hears what comes by; `Machine.sniff` and `Machine.hear` say what that is."""
 
-    def __init__(self, machine: "Machine", device: str, *, both_ways: bool = False) -> None:
-        self._socket = machine.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ALL))
-        if not both_ways:
-            self._socket.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
-        self._socket.setblocking(False)
-        if device:
-            self._socket.bind((device, _ETH_P_ALL))
+    def __init__(self, listener: socket.socket) -> None:
+        listener.setblocking(False)
+        self._socket = listener
 
     def frames(self) -> list[bytes]:
-        """Return the frames since the last call."""
+        """Return what came since the last call."""
         return drain(self._socket)
 
     def close(self) -> None:
@@ -398,9 +394,22 @@ class Machine:
             for frame in frames:
                 sender.send(frame)
 
-    def sniff(self, device: str = "", *, both_ways: bool = False) -> Sniffer:
-        """Start to record what arrives on a device."""
-        return Sniffer(self, device, both_ways=both_ways)
+    def sniff(self, device: str = "", *, kind: int = _ETH_P_ALL, both_ways: bool = False) -> Sniffer:
+        """Start to record the frames that arrive on a device (on all of them without one).
+
+        Of every `kind` (an EtherType) they are heard before any filter sees them, of one kind after those of tc.
+        """
+        listener = self.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(kind))
+        if not both_ways:
+            listener.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
+        if device:
+            listener.bind((device, kind))
+        return Sniffer(listener)
+
+    def hear(self, protocol: int, version: Literal[4, 6] = 4) -> Sniffer:
+        """Start to record the packets of an IP protocol that the machine takes for its own, after its input filters."""
+        family = socket.AF_INET if version == 4 else socket.AF_INET6
+        return Sniffer(self.socket(family, socket.SOCK_RAW, protocol))
 
 
 def checksum(data: bytes) -> int:

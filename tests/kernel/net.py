@@ -48,6 +48,15 @@ import pytest
 import vmnet
 from tests.kernel.machine import Loop, Machine, new_namespace
 
+FORMS = {
+    "veth-native": ("--kind", "veth", "--native"),
+    "veth-mapped": ("--kind", "veth", "--mapped"),
+    "tap-mapped": ("--kind", "tap"),
+    "tun-native": ("--kind", "tun", "--native"),
+    "tun-mapped": ("--kind", "tun", "--mapped"),
+}
+"""Every kind of guest in every mode it can have: the options of `create`."""
+
 SOURCES = Path(vmnet.__file__).parent.parent
 
 _UNSHARE = ["unshare", "--net", "--mount", "--pid", "--fork"]
@@ -107,6 +116,8 @@ class Laptop(Machine):
         self.proc = Path("/proc", pid)
         super().__init__(lab, "laptop", os.open(self.proc / "ns/net", os.O_RDONLY | os.O_CLOEXEC))
         lab.at_exit(lambda: os.close(self.fd))
+        # An address that is tentative for a second would make two snapshots differ.
+        self.sysctl("ipv6/conf/default/accept_dad", 0)
         self.folder = folder
         self.hosts_file = folder / "hosts"
         self.hosts_file.write_text("127.0.0.1 localhost\n127.0.1.1 laptop\n")
@@ -302,6 +313,7 @@ class Lab:
     def machine(self, name: str, address: str = "") -> Machine:
         """Return one more machine, with nothing but its lo."""
         made = Machine(self, name, self.new_namespace(), address)
+        made.sysctl("ipv4/icmp_ratelimit", 0)
         made.ip("link set lo up")
         return made
 
@@ -334,7 +346,6 @@ class Lab:
         self.wire(router, "inet0", self.internet, f"isp{number}")
         near, far = f"203.0.113.{4 * number + 1}", f"203.0.113.{4 * number + 2}"
         router.sysctl("ipv4/ip_forward", 1)
-        router.sysctl("ipv4/icmp_ratelimit", 0)
         router.ip(
             f"addr add {net[1]}/{net.prefixlen} dev lan0",
             f"addr add {near}/30 dev inet0",
