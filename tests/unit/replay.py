@@ -10,7 +10,7 @@ from vmnet.plan import HOST, HOST_CONF, Filter, GuestView, HostView, Inside, Lin
 
 _MADE = Link(
     index=0, name="", kind="", group=0, alias="", mac=None, mtu=1500, up=False, multicast=True,
-    conf={name: 7 for name in HOST_CONF}, disable_ipv6=False, persist=False,
+    conf=dict.fromkeys(HOST_CONF, 7), disable_ipv6=False, persist=False,
 )  # fmt: skip
 WIDE = ops.LoAddress("127.0.0.1/8", ops.SCOPE_HOST, 0, ())
 
@@ -98,7 +98,7 @@ def on_lo_addresses(lo: tuple[ops.LoAddress, ...], op: Op) -> tuple[ops.LoAddres
     return (*lo[:position], new, *lo[position:])
 
 
-def on_side(side: Side, op: Op) -> Side:  # noqa: C901 - a table of ops
+def on_side(side: Side, op: Op) -> Side:
     """Return a device and what hangs on it after an op."""
     assert side.link, op
     match op:

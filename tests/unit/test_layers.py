@@ -61,7 +61,7 @@ def test_imports_point_downward(file: Path) -> None:
     assert part in ALLOWED, f"{part} is in no layer: name it in {Path(__file__).name}"
     for module in imports(file):
         if module.split(".")[0] == "vmnet":
-            target = (module.split(".") + [""])[1]
+            target = [*module.split("."), ""][1]
             target = "" if target.startswith("__version__") else target
             assert target in ALLOWED[part], f"{file.name} of {part!r} imports {module}"
 

@@ -1,6 +1,7 @@
-"""Laws of the plan: a second one is empty, whatever was observed; a stop at any op heals; nothing foreign is touched."""
+"""Laws of the plan: a second one is empty, whatever was observed; a stop at any op heals; the foreign stays."""
 
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import pytest
 from hypothesis import given
@@ -32,6 +33,7 @@ from vmnet.plan import (
     plan_removal,
 )
 
+T = TypeVar("T")
 KINDS: list[tuple[Kind, Mode]] = [
     ("tap", "mapped"), ("tun", "native"), ("tun", "mapped"), ("veth", "native"), ("veth", "mapped"),
 ]  # fmt: skip
@@ -81,7 +83,7 @@ def drifted(draw: st.DrawFn) -> tuple[Guest, GuestView]:
     view = right(desired, kind, owned=owned)
     link = view.host.link
     assert link
-    alterations = st.fixed_dictionaries(
+    alterations: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         {},
         optional={
             "alias": st.just(""), "mtu": st.integers(576, 9000), "up": st.booleans(), "multicast": st.booleans(),
@@ -115,19 +117,21 @@ def drifted(draw: st.DrawFn) -> tuple[Guest, GuestView]:
             neighbours=frozenset(one for one in inner.neighbours if draw(keep)),
         )
         default = any(route.destination == "0.0.0.0/0" for route in inner.routes)
-        lo = draw(st.sampled_from([(), (WIDE,), view.inside.lo]))
+        no_lo: tuple[LoAddress, ...] = ()
+        lo = draw(st.sampled_from([no_lo, (WIDE,), view.inside.lo]))
+        lo_up = bool(lo)
         view = replace(
             view,
             inside=Inside(
                 inner if draw(st.integers(0, 9)) else Side(),
-                lo, bool(lo), frozenset(one for one in view.inside.lo_routes if lo and draw(keep)), default,
+                lo, lo_up, frozenset(one for one in view.inside.lo_routes if lo_up and draw(keep)), default,
             ),
         )  # fmt: skip
     return desired, view
 
 
-def extra(value: Address | Route) -> st.SearchStrategy[frozenset[object]]:
-    return st.sampled_from([frozenset(), frozenset({value})])  # type: ignore[return-value]
+def extra(value: T) -> st.SearchStrategy[frozenset[T]]:
+    return st.sampled_from([frozenset(), frozenset({value})])
 
 
 @pytest.mark.parametrize(("kind", "mode"), KINDS)
@@ -251,7 +255,7 @@ def hosts(draw: st.DrawFn) -> tuple[HostWish, HostView]:
 
 
 def stop(draw: st.DataObject, steps: list[Op]) -> list[Op]:
-    """Return the ops that ran before a stop: those that change lo's addresses travel in one send, and so all or none."""
+    """Return the ops that ran before a stop: those that change lo's addresses travel in one send, all or none."""
     on_lo = [i for i, op in enumerate(steps) if isinstance(op, ops.AddAddress | ops.DelAddress | ops.PutBackAddress)]
     if on_lo:
         assert on_lo == list(range(on_lo[0], on_lo[-1] + 1))
