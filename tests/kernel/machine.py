@@ -28,7 +28,7 @@ _CLONE_NEWNET = 0x40000000
 _SOL_PACKET = 263  # linux/socket.h
 _PACKET_IGNORE_OUTGOING = 23  # linux/if_packet.h
 _ETH_P_ALL = 3
-_IP_RECVERR, _IP_MTU_DISCOVER, _IP_MTU = 11, 10, 14  # linux/in.h
+_IP_PKTINFO, _IP_MTU_DISCOVER, _IP_RECVERR, _IP_MTU = 8, 10, 11, 14  # linux/in.h
 _IP_PMTUDISC_DO = 2
 _ICMP_ECHO, _ICMP_ECHOREPLY, _ICMP_TIME_EXCEEDED = 8, 0, 11
 _TUNSETIFF = 0x400454CA
@@ -118,6 +118,8 @@ class Service:
         for listener in (self._tcp, self._udp):
             listener.setblocking(False)
             listener.bind((address, port))
+        if family == socket.AF_INET:
+            self._udp.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
         self._tcp.listen()
         self._loop.watch(self._tcp.fileno(), self._accept)
         self._loop.watch(self._udp.fileno(), self._datagram)
@@ -128,9 +130,9 @@ class Service:
 
     def _datagram(self) -> None:
         try:
-            data, sender = self._udp.recvfrom(65535)
+            data, ancillary, _, sender = self._udp.recvmsg(65535, socket.CMSG_SPACE(12))
             self._note(sender[0], data)
-            self._udp.sendto(data, sender)
+            self._udp.sendmsg([data], [(level, kind, _from_here(info)) for level, kind, info in ancillary], 0, sender)
         except OSError:
             return  # an ICMP error for an earlier answer, or an answer that cannot be sent: no echo then
 
@@ -153,6 +155,11 @@ class Service:
             pass  # reset by the peer
         self._loop.forget(connection.fileno())
         connection.close()
+
+
+def _from_here(info: bytes) -> bytes:
+    """Return the in_pktinfo (ip(7)) that makes an answer leave from the address that was asked."""
+    return bytes(4) + info[4:8] + bytes(4)
 
 
 def _http(peer: str) -> bytes:
@@ -295,8 +302,8 @@ class Machine:
             client.send(payload)
             return client.recv(65535)
 
-    def reaches(self, address: str, port: int = ECHO_PORT, *, wait: float = QUIET) -> set[str]:
-        """Return which of "tcp", "udp" and "ping" get an answer from `address`."""
+    def reaches(self, address: str, port: int = ECHO_PORT, *, wait: float = TIMEOUT) -> set[str]:
+        """Return which of "tcp", "udp" and "ping" get an answer from `address`; `wait=QUIET` when none should."""
         found = {"ping"} if self.ping(address, wait=wait) else set()
         for name, ask in (("tcp", self.tcp), ("udp", self.udp)):
             try:

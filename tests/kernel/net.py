@@ -177,10 +177,13 @@ class Laptop(Machine):
 
     def guest(self, name: str, *options: str) -> "Guest":
         """Create a guest and boot it; skip the test where its device cannot be opened."""
+        return self.guests([name], *options)[0]
+
+    def guests(self, names: list[str], *options: str) -> list["Guest"]:
+        """Create guests that are alike, and boot them."""
         if "veth" not in options and "--netns" not in options and (reason := why_no_tap()):
             pytest.skip(reason)
-        [info] = self.vmnet("create", name, *options, "--json").json
-        return self.boot(info)
+        return [self.boot(info) for info in self.vmnet("create", *names, *options, "--json").json]
 
     def boot(self, info: dict[str, Any]) -> "Guest":
         """Return the running guest that `info`, its JSON, describes."""
