@@ -21,6 +21,7 @@ from vmnet.hostsfile import HostsFile, HostsFileUnwritable
 from vmnet.locks import Locks
 from vmnet.model import (
     LOOPBACK,
+    Block,
     Conflict,
     KernelRefused,
     Kind,
@@ -336,8 +337,7 @@ class Engine:
         self.platform.need_rights()
         with self._writing(dry_run) as store:
             if names is not None and if_exists:
-                known = {lease.name for lease in store.leases()}
-                names = [name for name in names if name in known]
+                names = [name for name in names if store.lease(name)]
             leases = store.leases(list(dict.fromkeys(names)) if names is not None else None)
             if dry_run:
                 gone = {lease.name for lease in leases}
@@ -351,8 +351,8 @@ class Engine:
 
     def _finish_deletion(self, store: Store, leases: Sequence[Lease]) -> None:
         with self._locks.guests(lease.block.number for lease in leases):
-            still = {lease.name for lease in store.leases() if lease.wish == "deleting"}
-            leases = [lease for lease in leases if lease.name in still]
+            recorded = [store.lease(lease.name) for lease in leases]
+            leases = [lease for lease in recorded if lease and lease.wish == "deleting"]
             problems = self._take_down(leases, keep_netns=False)
             store.release([lease.name for lease in leases if lease.name not in problems], freed=time.time())
         if problems:
@@ -674,20 +674,16 @@ class Engine:
 
     # Names
 
-    def _names_of(self, leases: Iterable[Lease]) -> tuple[tuple[str, str], ...]:
-        return tuple(
-            (f"{lease.name}.{self.settings.domain}", dotted(lease.block.first + 2))
-            for lease in leases
-            if lease.wish == "up"
-        )
+    def _names_of(self, guests: Iterable[tuple[str, Block]]) -> tuple[tuple[str, str], ...]:
+        return tuple((f"{name}.{self.settings.domain}", dotted(block.first + 2)) for name, block in guests)
 
-    def _names_op(self, leases: Iterable[Lease]) -> WriteNames | None:
+    def _names_op(self, guests: Iterable[tuple[str, Block]]) -> WriteNames | None:
         if self.paths.hosts is None:
             return None
-        return WriteNames(str(self.paths.hosts), self._names_of(leases))
+        return WriteNames(str(self.paths.hosts), self._names_of(guests))
 
     def _plan_names(self, leases: Iterable[Lease]) -> list[Op]:
-        op = self._names_op(leases)
+        op = self._names_op([(lease.name, lease.block) for lease in leases if lease.wish == "up"])
         try:
             return [op] if op and not HostsFile(Path(op.path)).is_current(dict(op.names)) else []
         except HostsFileUnwritable as error:
@@ -695,7 +691,7 @@ class Engine:
             return []
 
     def _write_names(self, store: Store) -> None:
-        self._keep_names(self._names_op(store.leases()), lambda: self._names_of(store.leases()))
+        self._keep_names(self._names_op(store.wished_up()), lambda: self._names_of(store.wished_up()))
 
     def _keep_names(self, op: WriteNames | None, ask: Callable[[], Iterable[tuple[str, str]]]) -> None:
         """Keep the names in the hosts file; where that cannot be, say so: a guest works without."""

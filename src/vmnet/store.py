@@ -164,6 +164,12 @@ class Store:
                 return [_lease(row) for row in db.execute(f"SELECT {_COLUMNS} FROM lease ORDER BY name")]
             return [_need_lease(db, name) for name in names]
 
+    def wished_up(self) -> list[tuple[str, Block]]:
+        """Return name and block of each guest that is to be up, ordered by block."""
+        with self._reading() as db:
+            rows = db.execute("SELECT name, block FROM lease WHERE wish = 'up' ORDER BY block")
+            return [(name, Block(block)) for name, block in rows]
+
     def count(self) -> int:
         """Return how many leases there are."""
         with self._reading() as db:
@@ -267,9 +273,7 @@ class Store:
             _check_version(db, self._path)
             yield db
             _patiently(lambda: db.execute("COMMIT"))  # waits for readers; those to come wait for it
-        except UnicodeEncodeError as error:
-            raise UsageError(f"{error.object!r} is not text that can be recorded") from error
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, UnicodeError) as error:
             raise _explain(error, self._path) from error
         finally:
             db.rollback()  # does nothing after the commit
@@ -630,7 +634,7 @@ def _patiently(step: Callable[[], _T]) -> _T:
         time.sleep(os.urandom(1)[0] / 255 * LOCK_NAP)  # `random` takes 2 ms to import
 
 
-def _is_locked(error: sqlite3.Error | OSError) -> bool:
+def _is_locked(error: Exception) -> bool:
     return isinstance(error, BlockingIOError) or getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
 
 
@@ -639,17 +643,21 @@ def _explained(path: Path) -> Iterator[None]:
     """Turn what SQLite and the system say about the file into errors for people."""
     try:
         yield
-    except (sqlite3.Error, OSError) as error:
+    except (sqlite3.Error, OSError, UnicodeError) as error:
         raise _explain(error, path) from error
 
 
-def _explain(error: sqlite3.Error | OSError, path: Path) -> Exception:
+def _explain(error: sqlite3.Error | OSError | UnicodeError, path: Path) -> Exception:
     """Return the error for people; one that only a mistake of ours brings about is returned as it is."""
     if _is_locked(error):
         return Conflict(
             f"{path} stayed locked for {LOCK_WAIT:g} seconds",
             hint=f"lsof {path} shows the processes that have it open; end the one that hangs",
         )
+    if isinstance(error, UnicodeEncodeError):
+        return UsageError(f"{error.object!r} is not text that can be recorded")
+    if isinstance(error, UnicodeError):
+        return _unreadable(path, str(error))
     if isinstance(error, OSError):
         if error.errno in (errno.EACCES, errno.EPERM):
             return _refused(path, error.strerror or "")
@@ -659,9 +667,8 @@ def _explain(error: sqlite3.Error | OSError, path: Path) -> Exception:
             return _refused(path, str(error))
         case sqlite3.SQLITE_FULL | sqlite3.SQLITE_IOERR:
             return KernelRefused(f"{path}: {error}", hint=f"df {path.parent} shows whether the disk is full")
-        case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB | sqlite3.SQLITE_ERROR:
-            return _unreadable(path, str(error))
-    return error
+    # Not only SQLITE_CORRUPT and SQLITE_NOTADB: a table that is missing, a constraint that does not hold.
+    return error if isinstance(error, sqlite3.ProgrammingError) else _unreadable(path, str(error))
 
 
 def _refused(path: Path, words: str) -> VmnetError:
