@@ -5,16 +5,17 @@ import os
 import pwd
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
-from typing import Annotated, Any, NoReturn
+from io import TextIOWrapper
+from typing import Annotated, Any
 
 import typer
 from netaddr import AddrFormatError, IPAddress
 from typer.exceptions import TyperException
 
 from vmnet import __version__
-from vmnet.cli.show import Reporter, as_json, print_guests, print_ops
+from vmnet.cli.show import Reporter, as_json, print_guests, print_ops, say
 from vmnet.engine import Engine, GuestSpec, Seen
 from vmnet.linux.platform import LinuxPlatform
 from vmnet.model import HostLacks, KernelRefused, Mode, NotPermitted, UsageError, VmnetError, check_name
@@ -23,7 +24,6 @@ from vmnet.settings import Paths, load_settings
 app = typer.Typer(
     name="vmnet",
     help="Addresses for VMs and containers that no LAN can ever take.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -38,6 +38,8 @@ SomeNames = Annotated[list[str] | None, typer.Argument(metavar="[NAME...]", help
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The name of a guest.")]
 
 FOUND = 10
+_INTERRUPTED = 130  # 128 and the number of SIGINT, as shells tell it
+_LONGEST = 2000  # characters of a message: what was asked for may be of any length
 
 
 class KindOption(StrEnum):
@@ -48,15 +50,8 @@ class KindOption(StrEnum):
     tun = "tun"
 
 
-class _Flags:
-    """What main() has to know of the call when it failed."""
-
-    json = False
-
-
 @contextmanager
-def _engine(*, verbose: bool = False, as_json_: bool = False) -> Iterator[Engine]:
-    _Flags.json = as_json_
+def _engine(*, verbose: bool = False) -> Iterator[Engine]:
     platform_name = os.environ.get("VMNET_PLATFORM") or sys.platform
     if platform_name != "linux":
         raise HostLacks(f"vmnet does not run on {platform_name} yet", hint="VMNET_PLATFORM=linux on Linux")
@@ -74,7 +69,7 @@ def _caller() -> int:
     return os.getuid()
 
 
-@app.command(no_args_is_help=True)
+@app.command()
 def create(
     names: Names,
     kind: Annotated[KindOption | None, typer.Option(help="What the guest gets; tap is the default.")] = None,
@@ -93,13 +88,12 @@ def create(
     verbose: Verbose = False,
 ) -> None:
     """Give each NAME an address, its devices and its way out; carve the host if need be."""
-    _Flags.json = json_
     if native and mapped:
-        raise UsageError("--native and --mapped exclude each other")
+        raise UsageError("--native and --mapped exclude each other", hint="leave one of them out")
     mode: Mode | None = "native" if native else "mapped" if mapped else None
     for option, value in (("--address", address), ("--mac", mac), ("--netns", netns)):
         if value is not None and len(names) > 1:
-            raise UsageError(f"{option} is for one guest, not for {len(names)}")
+            raise UsageError(f"{option} is for one guest, not for {len(names)}", hint="call create once for each")
     specs = [
         GuestSpec(
             name=check_name(name),
@@ -114,7 +108,7 @@ def create(
         )
         for name in names
     ]
-    with _engine(verbose=verbose, as_json_=json_) as engine:
+    with _engine(verbose=verbose) as engine:
         leases, ops = engine.create(specs, dry_run=dry_run)
         if dry_run:
             _say_plan(ops, json_=json_, verbose=verbose)
@@ -132,50 +126,47 @@ def delete(
     verbose: Verbose = False,
 ) -> None:
     """Delete guests: their devices, their names and their records."""
-    _Flags.json = json_
     if bool(names) == every:
         raise UsageError("give names or --all", hint="vmnet delete NAME..., or vmnet delete --all")
     checked = None if every else [check_name(name) for name in names or ()]
-    with _engine(verbose=verbose, as_json_=json_) as engine:
+    with _engine(verbose=verbose) as engine:
         gone, ops = engine.delete(checked, if_exists=if_exists, dry_run=dry_run)
         if dry_run:
             _say_plan(ops, json_=json_, verbose=verbose)
         if json_:
-            typer.echo(json.dumps({"deleted": gone}))
+            say(json.dumps({"deleted": gone}))
         elif sys.stdout.isatty():
             for name in gone:
-                typer.echo(f"{name} is deleted")
+                say(f"{name} is deleted")
 
 
 @app.command("list")
 def list_(json_: Json = False) -> None:
     """List all guests."""
-    with _engine(as_json_=json_) as engine:
+    with _engine() as engine:
         _say_guests(engine, engine.look(), json_=json_)
 
 
 @app.command()
 def show(name: Name, json_: Json = False) -> None:
     """Show one guest, with all that its programs may want to know."""
-    _Flags.json = json_
-    with _engine(as_json_=json_) as engine:
+    with _engine() as engine:
         guest = as_json(engine.look([check_name(name)])[0], engine.settings)
         if json_:
-            typer.echo(json.dumps(guest))
+            say(json.dumps(guest))
             return
         width = max(map(len, guest))
         for key, value in guest.items():
             shown = "-" if value is None or value == [] else value
-            typer.echo(f"{key:<{width}}  {shown}")
+            say(f"{key:<{width}}  {shown}")
 
 
 @app.command()
 def ip(name: Name, json_: Json = False) -> None:
     """Print a guest's address."""
-    _Flags.json = json_
-    with _engine(as_json_=json_) as engine:
+    with _engine() as engine:
         address = str(engine.lease(check_name(name)).block.address)
-        typer.echo(json.dumps({"address": address}) if json_ else address)
+        say(json.dumps({"address": address}) if json_ else address)
 
 
 @app.command()
@@ -191,26 +182,25 @@ def down(names: SomeNames = None, json_: Json = False, dry_run: DryRun = False, 
 
 
 def _converge(verb: str, names: Sequence[str] | None, *, json_: bool, dry_run: bool, verbose: bool) -> None:
-    _Flags.json = json_
     checked = [check_name(name) for name in names] if names else None
-    with _engine(verbose=verbose, as_json_=json_) as engine:
+    with _engine(verbose=verbose) as engine:
         do = engine.up if verb == "up" else engine.down
         ops = do(checked, dry_run=dry_run)
         if dry_run:
             _say_plan(ops, json_=json_, verbose=verbose)
         if json_:
-            typer.echo(json.dumps([as_json(one, engine.settings) for one in engine.look(checked)]))
+            say(json.dumps([as_json(one, engine.settings) for one in engine.look(checked)]))
 
 
 @app.command()
 def carve(json_: Json = False, dry_run: DryRun = False, verbose: Verbose = False) -> None:
     """Make room in 127/8: shrink lo to 127.0.0.1/16, fence the pool, load the rules."""
-    with _engine(verbose=verbose, as_json_=json_) as engine:
+    with _engine(verbose=verbose) as engine:
         ops = engine.carve(dry_run=dry_run)
         if dry_run:
             _say_plan(ops, json_=json_, verbose=verbose)
         if json_:
-            typer.echo(json.dumps({"carved": True}))
+            say(json.dumps({"carved": True}))
 
 
 @app.command()
@@ -221,36 +211,37 @@ def restore(
     verbose: Verbose = False,
 ) -> None:
     """Take all guests down and put the host back as it was found; records stay."""
-    with _engine(verbose=verbose, as_json_=json_) as engine:
+    with _engine(verbose=verbose) as engine:
         ops = engine.restore(purge=purge, dry_run=dry_run)
         if dry_run:
             _say_plan(ops, json_=json_, verbose=verbose)
         if json_:
-            typer.echo(json.dumps({"carved": False}))
+            say(json.dumps({"carved": False}))
 
 
 @app.command()
 def plan(json_: Json = False, verbose: Verbose = False) -> None:
     """Say what `up` would do: exit 0 when nothing is to be done, 10 otherwise."""
-    with _engine(as_json_=json_) as engine:
+    with _engine() as engine:
         _say_plan(engine.up(dry_run=True), json_=json_, verbose=verbose)
 
 
-@app.command(
-    "exec", no_args_is_help=True, context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True}
-)
+@app.command("exec", context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
 def exec_(
     name: Name,
     command: Annotated[list[str], typer.Argument(metavar="-- CMD...", help="The command and its arguments.")],
 ) -> None:
     """Run CMD in a guest's network namespace, as ip netns exec does; its exit code is CMD's."""
+    argv = command[1:] if command[0] == "--" else command
+    if not argv:
+        raise UsageError("no command is given", hint=f"vmnet exec {name} -- CMD...")
     with _engine() as engine:
         try:
-            engine.execute(check_name(name), command)
+            engine.execute(check_name(name), argv)
         except OSError as error:
-            code = KernelRefused(f"{command[0]} cannot be run: {error.strerror}")
-            code.exit_code = 127 if isinstance(error, FileNotFoundError) else 126
-            raise code from None
+            refused = KernelRefused(f"{argv[0]} cannot be run: {error.strerror}")
+            refused.exit_code = 127 if isinstance(error, FileNotFoundError) else 126  # as shells and env(1) have it
+            raise refused from None
 
 
 def _say_plan(ops: Sequence[Any], *, json_: bool, verbose: bool) -> None:
@@ -261,7 +252,7 @@ def _say_plan(ops: Sequence[Any], *, json_: bool, verbose: bool) -> None:
 
 def _say_guests(engine: Engine, guests: Sequence[Seen], *, json_: bool, created: bool = False) -> None:
     if json_:
-        typer.echo(json.dumps([as_json(one, engine.settings) for one in guests]))
+        say(json.dumps([as_json(one, engine.settings) for one in guests]))
     else:
         print_guests(guests, engine.settings, created=created)
 
@@ -306,41 +297,72 @@ def _owner(text: str | None) -> int | None:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"vmnet {__version__}")
+        say(f"vmnet {__version__}")
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _common(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     del version
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(UsageError.exit_code)
 
 
 def main() -> None:
     """Run the command line and exit."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may be spelled in what this locale cannot write
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="vmnet", standalone_mode=False)
     except VmnetError as error:
-        _fail(error.exit_code, error.message, error.hint)
+        code = _say_error(error.exit_code, error.message, error.hint)
     except TyperException as error:
-        _fail(2, error.format_message(), "vmnet --help and vmnet COMMAND --help show what there is")
-    except (KeyboardInterrupt, typer.Abort):
-        _fail(130, "interrupted", "vmnet up finishes what was begun")
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        command = getattr(getattr(error, "ctx", None), "command_path", "vmnet")
+        code = _say_error(
+            UsageError.exit_code, error.format_message().rstrip("."), f"{command} --help says what it takes"
+        )
     except OSError as error:
         name = f"{error.filename}: " if error.filename else ""
-        _fail(1, f"{name}{error.strerror or error}", "")
+        code = _say_error(KernelRefused.exit_code, f"{name}{error.strerror or error}", "")
+    if code == _INTERRUPTED:
+        _say_error(code, "interrupted", "vmnet up finishes what was begun")
+    _flush()
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(code: int, message: str, hint: str) -> NoReturn:
-    message = " ".join(message.split())
-    if _Flags.json or "--json" in sys.argv[1:]:
-        print(json.dumps({"error": {"code": code, "message": message, "hint": hint}}))
-    print(f"vmnet: {message}" + (f"\nhint: {hint}" if hint else ""), file=sys.stderr)
-    sys.exit(code)
+def _say_error(code: int, message: str, hint: str) -> int:
+    """Say what went wrong, as far as anybody can be told, and return the exit code."""
+    message, hint = _one_line(message), _one_line(hint)
+    with suppress(OSError):
+        typer.echo(f"vmnet: {message}" + (f"\nhint: {hint}" if hint else ""), err=True)
+    with suppress(OSError):
+        if _asks_for_json(sys.argv[1:]):
+            typer.echo(json.dumps({"error": {"code": code, "message": message, "hint": hint}}))
+    return code
+
+
+def _asks_for_json(arguments: Sequence[str]) -> bool:
+    """Say whether the call asks for JSON, be it one that makes no sense; what exec is to run is another program's."""
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    return "--json" in own and own[0] != "exec"
+
+
+def _one_line(text: str) -> str:
+    """Return `text` fit for one line of a terminal: names and values in it may be anybody's."""
+    shown = "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in " ".join(text.split()))
+    return shown if len(shown) <= _LONGEST else shown[: _LONGEST - 3] + "..."
+
+
+def _flush() -> None:
+    """Write out what is left, where it can be: Python itself would complain in its own words."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream and stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import typer
 
 from vmnet.engine import Seen
+from vmnet.model import KernelRefused
 from vmnet.ops import Op
 from vmnet.plan import dotted, shadow_of
 from vmnet.settings import Settings
@@ -17,6 +18,16 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 _PROGRESS_FROM = 500  # ops: fewer are done before a bar could be read
+
+
+def say(text: str) -> None:
+    """Print what was asked for; raises KernelRefused where it cannot be written, as on a full disk."""
+    try:
+        typer.echo(text)
+    except BrokenPipeError:
+        raise  # nobody reads on, which is no error
+    except OSError as error:
+        raise KernelRefused(f"the output cannot be written: {error.strerror}") from None
 
 
 def as_json(seen: Seen, settings: Settings) -> dict[str, Any]:
@@ -54,7 +65,7 @@ def print_guests(guests: Sequence[Seen], settings: Settings, *, created: bool = 
     """Print a table of guests; after `create`, for one guest, also what to do next."""
     if not guests:
         if sys.stdout.isatty():
-            typer.echo("no guests; vmnet create NAME makes one")
+            say("no guests; vmnet create NAME makes one")
         return
     rows = [("NAME", "ADDRESS", "KIND", "MODE", "STATE", "HOSTNAME")]
     rows += [
@@ -65,13 +76,13 @@ def print_guests(guests: Sequence[Seen], settings: Settings, *, created: bool = 
         for one in guests
     ]  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    typer.echo(
+    say(
         "\n".join(
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
         )
     )
     if created and len(guests) == 1 and sys.stdout.isatty():
-        typer.echo(_next_step(guests[0]))
+        say(_next_step(guests[0]))
 
 
 def _next_step(seen: Seen) -> str:
@@ -86,11 +97,11 @@ def _next_step(seen: Seen) -> str:
 def print_ops(ops: Sequence[Op], *, json_: bool, verbose: bool) -> None:
     """Print a plan, to a person, as commands, or for a program."""
     if json_:
-        typer.echo(json.dumps([{"op": type(op).__name__, "text": str(op), "command": op.command()} for op in ops]))
+        say(json.dumps([{"op": type(op).__name__, "text": str(op), "command": op.command()} for op in ops]))
     elif ops:
-        typer.echo("\n".join(op.command() if verbose else str(op) for op in ops))
+        say("\n".join(op.command() if verbose else str(op) for op in ops))
     elif sys.stdout.isatty():
-        typer.echo("nothing to do")
+        say("nothing to do")
 
 
 class Reporter:
