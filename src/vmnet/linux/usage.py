@@ -39,12 +39,12 @@ def _sockets() -> Iterator[Use]:
         except OSError:
             continue
         for line in lines:
-            address = _local_address(line.split()[1].partition(":")[0])
+            address = local_address(line.split()[1].partition(":")[0])
             if address and _is_in_pool(IPNetwork(address)):
                 yield Use("local", IPNetwork(address), f"a {table.removesuffix('6')} socket is bound to it")
 
 
-def _local_address(field: str) -> str | None:
+def local_address(field: str) -> str | None:
     """Return an IPv4 address that /proc/net/* spells in hex, or None for an IPv6 one (proc(5))."""
     raw = bytes.fromhex(field)
     if len(raw) == 16:
