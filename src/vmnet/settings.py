@@ -3,13 +3,13 @@
 import os
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vmnet.ipam import Pool
-from vmnet.model import UsageError
+from vmnet.model import NotPermitted, UsageError
 from vmnet.plan import Plane
 
 _DOMAIN = re.compile(r"(?=.{1,180}$)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
@@ -39,7 +39,7 @@ class Paths:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the file of settings says. `guard_forwarding`: see docs/decisions/forwarding.md."""
+    """What the file of settings says; docs/reference/settings.md says what each of them means."""
 
     domain: str = "vmnet.internal"
     mtu: int = 1500
@@ -51,65 +51,53 @@ class Settings:
 def load_settings(path: Path) -> Settings:
     """Return the settings in the TOML file at `path`; a missing file means all defaults.
 
-    Raises UsageError naming the file, the key and the value for an unknown key or a bad value.
+    Raises UsageError naming the file, the key and the value for an unknown key or a bad value, NotPermitted for a
+    file that the caller may not read.
     """
+    values = _read(path)
+    for key, value in values.items():
+        if key not in _RULES:
+            raise UsageError(f"{path}: there is no setting {key!r}", hint=f"there are {', '.join(KEYS)}")
+        is_right, wanted = _RULES[key]
+        if not is_right(value):
+            raise _bad(path, key, value, wanted)
+    plane = Plane(**{key: values.pop(key) for key in _PLANE_KEYS if key in values})
+    if plane.group_mapped == plane.group_native:
+        raise _bad(path, "group_native", plane.group_native, "another group than group_mapped")
+    pool = _pool(path, values.pop("pool", ()), values.pop("reserved", ()))
+    return Settings(**values, pool=pool, plane=plane)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        values = tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text())
     except FileNotFoundError:
-        return Settings()
+        return {}
+    except PermissionError as error:
+        raise NotPermitted(f"{path} cannot be read: {error.strerror}", hint="let all read it: chmod a+r") from None
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not TOML: {error}") from None
-    return _Reader(path, values).settings()
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, numbers and nesting without end
+        raise UsageError(f"{path} is not TOML: {error}", hint="https://toml.io says how it is written") from None
 
 
-class _Reader:
-    def __init__(self, path: Path, values: dict[str, Any]) -> None:
-        self._path = path
-        self._values = values
-
-    def settings(self) -> Settings:
-        default, plane = Settings(), Plane()
-        settings = Settings(
-            domain=self._take("domain", default.domain, _is_domain, "a domain such as vmnet.internal"),
-            mtu=self._take("mtu", default.mtu, _between(576, 65535), "a number from 576 to 65535"),
-            guard_forwarding=self._take(
-                "guard_forwarding", default.guard_forwarding, lambda value: isinstance(value, bool), "true or false"
-            ),
-            pool=self._pool(),
-            plane=Plane(
-                shadow=self._take("shadow", plane.shadow, _between(240, 254), "the first octet of a /8, 240 to 254"),
-                mark=self._take("mark", plane.mark, _is_bit, "a number with one bit set, such as 0x08000000"),
-                group_mapped=self._take("group_mapped", plane.group_mapped, _is_group, "a link group, 1 to 4294967295"),
-                group_native=self._take("group_native", plane.group_native, _is_group, "a link group, 1 to 4294967295"),
-            ),
-        )
-        if settings.plane.group_mapped == settings.plane.group_native:
-            raise self._bad("group_native", settings.plane.group_native, "another group than group_mapped")
-        for key in self._values:
-            raise UsageError(
-                f"{self._path}: there is no setting {key!r}", hint="docs/reference/settings.md lists all settings"
-            )
-        return settings
-
-    def _pool(self) -> Pool:
-        networks = self._take("pool", [], _is_texts, 'a list of networks such as ["127.1.0.0/16"]')
-        reserved = self._take("reserved", [], _is_texts, 'a list of networks such as ["127.1.27.0/24"]')
+def _pool(path: Path, networks: Sequence[str], reserved: Sequence[str]) -> Pool:
+    """Return the pool; the first of the two keys that is wrong is the one to blame."""
+    pool = Pool()
+    for key, arguments in (("pool", (networks,)), ("reserved", (networks, reserved))):
         try:
-            return Pool.parse(networks, reserved)
+            pool = Pool.parse(*arguments)
         except UsageError as error:
-            raise UsageError(f"{self._path}: pool or reserved: {error.message}", hint=error.hint) from None
+            raise UsageError(f"{path}: {key}: {error.message}", hint=error.hint) from None
+    return pool
 
-    def _take(self, key: str, default: Any, is_right: Callable[[Any], bool], wanted: str) -> Any:
-        value = self._values.pop(key, default)
-        if not is_right(value):
-            raise self._bad(key, value, wanted)
-        return value
 
-    def _bad(self, key: str, value: object, wanted: str) -> UsageError:
+def _bad(path: Path, key: str, value: object, wanted: str) -> UsageError:
+    try:
         shown = repr(value)
-        return UsageError(f"{self._path}: {key} = {shown if len(shown) < 80 else shown[:77] + '...'} is not {wanted}")
+    except ValueError:
+        shown = "a number without end"  # Python writes no more than 4300 digits
+    return UsageError(f"{path}: {key} = {shown if len(shown) < 80 else shown[:77] + '...'} is not {wanted}")
 
 
 def _is_domain(value: object) -> bool:
@@ -134,3 +122,19 @@ def _is_group(value: Any) -> bool:
 
 def _is_texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+# What each setting may be, and how that is told to a person.
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "domain": (_is_domain, "a domain such as vmnet.internal"),
+    "group_mapped": (_is_group, "a link group, 1 to 4294967295"),
+    "group_native": (_is_group, "a link group, 1 to 4294967295"),
+    "guard_forwarding": (lambda value: isinstance(value, bool), "true or false"),
+    "mark": (_is_bit, "a number with one bit set, such as 0x08000000"),
+    "mtu": (_between(576, 65535), "a number from 576 to 65535"),
+    "pool": (_is_texts, 'a list of networks such as ["127.1.0.0/16"]'),
+    "reserved": (_is_texts, 'a list of networks such as ["127.1.27.0/24"]'),
+    "shadow": (_between(240, 254), "the first octet of a /8, 240 to 254"),
+}
+KEYS = tuple(_RULES)
+_PLANE_KEYS = ("shadow", "mark", "group_mapped", "group_native")
