@@ -20,7 +20,8 @@ def test_a_label_is_a_name(name: str) -> None:
 
 NO_NAMES = [
     "", " ", "-", "-a", "a-", "a_b", "A", "aB", "a.b", "a b", "a\n", "\na", "a\0", "ä", "ａ", "٣", "a/b", "../a", ".",
-    "..", "a;b", "$(a)", "a'b", 'a"b', "`a`", "a%b", "*", "\x1b[2J", "\udcff", "--json", "\u200bweb", "x" * 64, "x" * 65536,
+    "..", "a;b", "$(a)", "a'b", 'a"b', "`a`", "a%b", "*", "\x1b[2J", "\udcff", "--json", "\u200bweb", "x" * 64,
+    "x" * 65536,
 ]  # fmt: skip
 
 
