@@ -3,11 +3,13 @@
 An op is one idempotent step. `str(op)` says it to a person, `op.command()` as the command that a person could
 type; a platform's edge carries it out. A `place` is a network namespace: the empty string for the host's own,
 else the path that leads to a guest's.
+
+Ops are named tuples, not dataclasses: there are twenty kinds, and making the class of a dataclass takes a millisecond.
 """
 
 import shlex
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from vmnet.filters import Program, bytecode
 
@@ -29,8 +31,7 @@ def _where(place: str) -> str:
     return f" in {place}" if place else ""
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Route:
+class Route(NamedTuple):
     """A route as the kernel holds it; `destination` is a prefix such as 127.1.0.0/30."""
 
     destination: str
@@ -62,8 +63,7 @@ class Route:
         return " ".join(words)
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Address:
+class Address(NamedTuple):
     """An IPv4 address of a device with its prefix length and scope."""
 
     value: str
@@ -83,23 +83,21 @@ class LoAddress:
     attributes: tuple[tuple[int, str], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """A veth's far end: its name, index and MAC, and the place where it is made."""
+class Peer(NamedTuple):
+    """A veth's far end: its name, ifindex and MAC, and the place where it is made."""
 
     name: str
-    index: int
+    ifindex: int
     mac: str
     place: str
 
 
-@dataclass(frozen=True, slots=True)
-class AddRoute:
-    """Add a route over the device of that index (0: none); `append` it where the kernel may have one like it."""
+class AddRoute(NamedTuple):
+    """Add a route over the device of that ifindex (0: none); `append` it where the kernel may have one like it."""
 
     place: str
     route: Route
-    index: int = 0
+    ifindex: int = 0
     append: bool = False
 
     def __str__(self) -> str:
@@ -109,13 +107,12 @@ class AddRoute:
         return f"{_in(self.place, 'ip')} route {'append' if self.append else 'add'} {self.route}"
 
 
-@dataclass(frozen=True, slots=True)
-class DelRoute:
-    """Delete a route of ours over the device of that index (0: none)."""
+class DelRoute(NamedTuple):
+    """Delete a route of ours over the device of that ifindex (0: none)."""
 
     place: str
     route: Route
-    index: int = 0
+    ifindex: int = 0
 
     def __str__(self) -> str:
         return f"- route {self.route}{_where(self.place)}"
@@ -124,13 +121,12 @@ class DelRoute:
         return f"{_in(self.place, 'ip')} route del {self.route}"
 
 
-@dataclass(frozen=True, slots=True)
-class AddAddress:
+class AddAddress(NamedTuple):
     """Put an address on a device."""
 
     place: str
     device: str
-    index: int
+    ifindex: int
     address: Address
 
     def __str__(self) -> str:
@@ -141,13 +137,12 @@ class AddAddress:
         return f"{_in(self.place, 'ip')} addr add {self.address.value} dev {self.device} scope {scope}"
 
 
-@dataclass(frozen=True, slots=True)
-class DelAddress:
+class DelAddress(NamedTuple):
     """Take an address off a device."""
 
     place: str
     device: str
-    index: int
+    ifindex: int
     address: Address
 
     def __str__(self) -> str:
@@ -157,8 +152,7 @@ class DelAddress:
         return f"{_in(self.place, 'ip')} addr del {self.address.value} dev {self.device}"
 
 
-@dataclass(frozen=True, slots=True)
-class PutBackAddress:
+class PutBackAddress(NamedTuple):
     """Put an address back on lo as it was, label and lifetime included."""
 
     place: str
@@ -172,13 +166,12 @@ class PutBackAddress:
         return f"{_in(self.place, 'ip')} addr add {self.address.value} dev lo scope {scope}"
 
 
-@dataclass(frozen=True, slots=True)
-class SetNeighbour:
+class SetNeighbour(NamedTuple):
     """Make a neighbour known for good."""
 
     place: str
     device: str
-    index: int
+    ifindex: int
     address: str
     mac: str
 
@@ -190,8 +183,7 @@ class SetNeighbour:
         return f"{ip} neigh replace {self.address} lladdr {self.mac} dev {self.device} nud permanent"
 
 
-@dataclass(frozen=True, slots=True)
-class AddNetns:
+class AddNetns(NamedTuple):
     """Make a network namespace at a path, marked as ours by the alias of its lo."""
 
     path: str
@@ -205,8 +197,7 @@ class AddNetns:
         return f"ip netns add {name} && ip -n {name} link set lo up alias {self.alias}"
 
 
-@dataclass(frozen=True, slots=True)
-class DelNetns:
+class DelNetns(NamedTuple):
     """Take away a network namespace that vmnet made."""
 
     path: str
@@ -218,12 +209,11 @@ class DelNetns:
         return f"ip netns del {self.path.rpartition('/')[2]}"
 
 
-@dataclass(frozen=True, slots=True)
-class AddVeth:
+class AddVeth(NamedTuple):
     """Make a veth pair, its far end in the guest's namespace from the start."""
 
     device: str
-    index: int
+    ifindex: int
     group: int
     mac: str
     mtu: int
@@ -241,12 +231,11 @@ class AddVeth:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class AddTun:
+class AddTun(NamedTuple):
     """Make a tun or tap, which lives only while it is open until it is made persistent."""
 
     device: str
-    index: int
+    ifindex: int
     kind: str
     owner: int
     queues: int
@@ -259,8 +248,7 @@ class AddTun:
         return f"ip tuntap add {self.device} mode {self.kind} user {self.owner}{many}"
 
 
-@dataclass(frozen=True, slots=True)
-class PersistTun:
+class PersistTun(NamedTuple):
     """Make a tun or tap outlive the program that has it open, and give it to its owner."""
 
     device: str
@@ -276,13 +264,12 @@ class PersistTun:
         return f"ip tuntap add {self.device} mode {self.kind} user {self.owner}{many}  # again: persistent"
 
 
-@dataclass(frozen=True, slots=True)
-class DelLink:
+class DelLink(NamedTuple):
     """Delete a device, and with it all that hangs on it."""
 
     place: str
     device: str
-    index: int
+    ifindex: int
 
     def __str__(self) -> str:
         return f"- device {self.device}{_where(self.place)}"
@@ -291,13 +278,12 @@ class DelLink:
         return f"{_in(self.place, 'ip')} link del {self.device}"
 
 
-@dataclass(frozen=True, slots=True)
-class SetLink:
+class SetLink(NamedTuple):
     """Change properties of a device; None leaves one as it is."""
 
     place: str
     device: str
-    index: int
+    ifindex: int
     alias: str | None = None
     group: int | None = None
     mac: str | None = None
@@ -328,13 +314,12 @@ class SetLink:
         return f"{_in(self.place, 'ip')} link set {self.device} {self._words()}"
 
 
-@dataclass(frozen=True, slots=True)
-class SetConf:
+class SetConf(NamedTuple):
     """Set IPv4 sysctls of a device (name, value), without a way through /proc."""
 
     place: str
     device: str
-    index: int
+    ifindex: int
     values: tuple[tuple[str, int], ...]
 
     def _words(self) -> str:
@@ -347,8 +332,7 @@ class SetConf:
         return f"{_in(self.place, 'sysctl')} -qw {self._words()}"
 
 
-@dataclass(frozen=True, slots=True)
-class SetSysctl:
+class SetSysctl(NamedTuple):
     """Set a sysctl of the host by its name with slashes (a device's name may have dots): net/ipv4/ip_forward."""
 
     key: str
@@ -361,12 +345,11 @@ class SetSysctl:
         return f"sysctl -qw {self.key}={self.value}"
 
 
-@dataclass(frozen=True, slots=True)
-class AddClsact:
+class AddClsact(NamedTuple):
     """Give a device the hook that filters are attached to."""
 
     device: str
-    index: int
+    ifindex: int
 
     def __str__(self) -> str:
         return f"+ clsact on {self.device}"
@@ -375,12 +358,11 @@ class AddClsact:
         return f"tc qdisc add dev {self.device} clsact"
 
 
-@dataclass(frozen=True, slots=True)
-class DelFilter:
+class DelFilter(NamedTuple):
     """Delete what stands in our filter's place."""
 
     device: str
-    index: int
+    ifindex: int
     direction: str
 
     def __str__(self) -> str:
@@ -390,12 +372,11 @@ class DelFilter:
         return f"tc filter del dev {self.device} {self.direction} pref 1"
 
 
-@dataclass(frozen=True, slots=True)
-class SetFilter:
+class SetFilter(NamedTuple):
     """Attach a program to a device, `direction` being ingress or egress, in place of the one there."""
 
     device: str
-    index: int
+    ifindex: int
     direction: str
     program: Program
 
@@ -409,8 +390,7 @@ class SetFilter:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class LoadRules:
+class LoadRules(NamedTuple):
     """Load our nftables table whole: one transaction, without a gap."""
 
     text: str
@@ -422,8 +402,7 @@ class LoadRules:
         return f"nft -f - <<'END'\n{self.text}END"
 
 
-@dataclass(frozen=True, slots=True)
-class DelRules:
+class DelRules(NamedTuple):
     """Delete our nftables table."""
 
     def __str__(self) -> str:
@@ -433,8 +412,7 @@ class DelRules:
         return "nft delete table ip vmnet"
 
 
-@dataclass(frozen=True, slots=True)
-class WriteNames:
+class WriteNames(NamedTuple):
     """Write the block of guest names in the hosts file: (hostname, address) for each."""
 
     path: str

@@ -12,7 +12,7 @@ from netaddr import IPNetwork, IPSet
 
 from vmnet import filters
 from vmnet.ipam import gateway_mac
-from vmnet.model import HOST_PART, POOL_SPAN, Conflict, Lease
+from vmnet.model import HOST_PART, LOOPBACK, POOL_SPAN, Conflict, Lease
 from vmnet.ops import (
     SCOPE_HOST,
     SCOPE_LINK,
@@ -129,12 +129,14 @@ class Inside:
 class GuestView:
     """A guest as observed. `netns` is none (not a veth), absent, ours (the one recorded) or stranger.
 
-    `inside` is None where the namespace is not there, is not ours, or may not be looked into.
+    `inside` is None where the namespace is not there, is not ours, or may not be looked into. `stub`: an absent one's
+    path is an empty file, as a run leaves it that is killed while it makes or deletes a namespace.
     """
 
     host: Side = field(default_factory=Side)
     netns: str = "none"
     inside: Inside | None = None
+    stub: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +236,7 @@ def _desire_inside(lease: Lease, peer: Peer, address: int, host_mac: str) -> Sid
         }
     return Side(
         link=Link(
-            index=peer.index,
+            index=peer.ifindex,
             name=peer.name,
             kind="veth",
             group=0,
@@ -387,13 +389,13 @@ def _plan_inside(desired: Guest, peer: Peer, observed: Inside, *, fresh: bool) -
     assert side.link is not None
     place, wanted = peer.place, side.link
     link = observed.side.link
-    index = link.index if link else peer.index
+    index = link.index if link else peer.ifindex
     ops: list[Op] = []
     if not observed.lo_up:
         ops.append(SetLink(place, "lo", _LO_INDEX, up=True))
     if desired.inside_lo_routes:
         ops += [
-            AddRoute(place, route, _LO_INDEX, append=route.destination == str(HOST_PART))
+            AddRoute(place, route, _LO_INDEX, append=True)
             for route in sorted(desired.inside_lo_routes - observed.lo_routes)
         ]
         lo = observed.lo
@@ -436,7 +438,7 @@ def plan_removal(desired: Guest, observed: GuestView, *, keep_netns: bool = Fals
     link = observed.host.link
     if link and is_ours(link, desired):
         ops.append(DelLink(HOST, link.name, link.index))
-    if desired.peer and observed.netns == "ours":
+    if desired.peer and (observed.netns == "ours" or observed.stub):
         place = desired.peer.place
         if desired.owned_netns:
             if not keep_netns:
@@ -529,7 +531,7 @@ def plan_host(wish: HostWish, observed: HostView) -> list[Op]:
     if not observed.lo_up:
         ops.append(SetLink(HOST, "lo", _LO_INDEX, up=True))
     ops += [
-        AddRoute(HOST, route, _index(route), append=route.destination == str(HOST_PART))
+        AddRoute(HOST, route, _index(route), append=route.device is not None)
         for route in routes
         if route not in observed.routes or not observed.lo_up
     ]
@@ -543,39 +545,60 @@ def plan_host(wish: HostWish, observed: HostView) -> list[Op]:
 
 def plan_carved_lo(place: str, lo: Sequence[LoAddress]) -> list[Op]:
     """Return the ops that take 127.0.0.1/8 off lo, with /16 in its stead, and keep all its other addresses."""
-    values = [address.value for address in lo]
-    if _LO_WIDE not in values:
+    wide = next((one for one in lo if one.value == _LO_WIDE), None)
+    if wide is None:
         return []
+    others = [one for one in lo if one.value not in (_LO_WIDE, _LO_CARVED)]
+    # The first address of a subnet gives the source of what comes from this host, and takes the others with it.
+    moved = {HOST_PART, LOOPBACK}
     ops: list[Op] = []
-    if _LO_CARVED not in values:
-        ops.append(AddAddress(place, "lo", _LO_INDEX, Address(_LO_CARVED, SCOPE_HOST)))
-    ops.append(DelAddress(place, "lo", _LO_INDEX, Address(_LO_WIDE, SCOPE_HOST)))
-    # The kernel deletes the other addresses of a subnet together with its first one.
-    same_subnet = [one for one in lo if one.value != _LO_WIDE and IPNetwork(one.value).cidr == IPNetwork("127.0.0.0/8")]
-    return ops + [PutBackAddress(place, address) for address in same_subnet]
+    if _LO_CARVED not in [one.value for one in lo]:
+        same_subnet = [one for one in others if IPNetwork(one.value).cidr == HOST_PART]
+        ops += [_take_off(place, one) for one in same_subnet]
+        scope = same_subnet[0].scope if same_subnet else wide.scope
+        ops.append(PutBackAddress(place, replace(wide, value=_LO_CARVED, scope=scope)))
+    else:
+        moved = {LOOPBACK}
+    ops.append(_take_off(place, wide))
+    return ops + [PutBackAddress(place, one) for one in others if IPNetwork(one.value).cidr in moved]
 
 
 def plan_restored_lo(place: str, lo: Sequence[LoAddress], found: Sequence[LoAddress] | None) -> list[Op]:
-    """Return the ops that put lo back: as it was found, or with a plain 127.0.0.1/8 where that is not known.
+    """Return the ops that put lo back: as it was found, or with a 127.0.0.1/8 where that is not known.
 
-    Addresses that others added or took away meanwhile are left so.
+    Addresses that others added or took away meanwhile are left so. Those outside of 127/8 are not touched, not even
+    for their order: while they are off, their routes go, and nothing of ours answers for them.
     """
-    values = [address.value for address in lo]
-    if _LO_CARVED not in values or (found is not None and _LO_WIDE not in [one.value for one in found]):
+    values = [one.value for one in lo]
+    carved = next((one for one in lo if one.value == _LO_CARVED), None)
+    if found is None:
+        found = [replace(carved, value=_LO_WIDE)] if carved else []
+    order = [one.value for one in found]
+    wide = next((one for one in found if one.value == _LO_WIDE), None)
+    surplus = carved is not None and _LO_CARVED not in order
+    has_first = any(value.startswith("127.0.0.1/") for value in values)
+    missing = wide is not None and _LO_WIDE not in values and (surplus or not has_first)
+    if not surplus and not missing:
         return []
-    wide = next((one for one in found or () if one.value == _LO_WIDE), LoAddress(_LO_WIDE, SCOPE_HOST, 0, ()))
-    # The kernel puts a new address behind those of its scope, and makes it a secondary of one of its subnet:
-    # so those of lo's scope step aside.
-    others = [one for one in lo if one.scope == SCOPE_HOST and one.value not in (_LO_WIDE, _LO_CARVED)]
-    order = [one.value for one in found or ()]
-    back = sorted(others, key=lambda one: order.index(one.value) if one.value in order else len(order))
-    keep_carved = found is not None and _LO_CARVED in order
-    ops: list[Op] = [DelAddress(place, "lo", _LO_INDEX, Address(one.value, one.scope)) for one in others]
-    if _LO_WIDE not in values:
+    ops: list[Op] = []
+    back: list[LoAddress] = []
+    if wide:
+        # The kernel puts a new address behind those of its scope, and makes it a secondary of one of its subnet:
+        # so those that stood behind this one step aside.
+        place_of = {value: position for position, value in enumerate(order)}
+        here = place_of[_LO_WIDE]
+        others = [one for one in lo if one.value not in (_LO_WIDE, _LO_CARVED) and IPNetwork(one.value) in LOOPBACK]
+        back = [one for one in others if place_of.get(one.value, len(order)) > here]
+        back.sort(key=lambda one: place_of.get(one.value, len(order)))
+        ops += [_take_off(place, one) for one in back]
         ops.append(PutBackAddress(place, wide))
-    if not keep_carved:
-        ops.append(DelAddress(place, "lo", _LO_INDEX, Address(_LO_CARVED, SCOPE_HOST)))
+    if surplus and carved:
+        ops.append(_take_off(place, carved))
     return ops + [PutBackAddress(place, one) for one in back]
+
+
+def _take_off(place: str, address: LoAddress) -> DelAddress:
+    return DelAddress(place, "lo", _LO_INDEX, Address(address.value, address.scope))
 
 
 def plan_host_removal(observed: HostView, found: Found | None, *, others_forward: bool) -> list[Op]:
@@ -583,7 +606,8 @@ def plan_host_removal(observed: HostView, found: Found | None, *, others_forward
     ops: list[Op] = []
     if observed.listing is not None:
         ops.append(DelRules())
-    ops += plan_restored_lo(HOST, observed.lo, found.lo if found else None)
+    if found or observed.routes:
+        ops += plan_restored_lo(HOST, observed.lo, found.lo if found else None)
     ops += [DelRoute(HOST, route, _index(route)) for route in sorted(observed.routes, key=_fence_first)]
     if found and not found.ip_forward and observed.ip_forward and not others_forward:
         ops.append(SetSysctl("net/ipv4/ip_forward", 0))

@@ -23,16 +23,16 @@ def on_guest(view: GuestView, op: Op) -> GuestView:
         case ops.DelNetns():
             return replace(view, netns="absent", inside=None)
         case ops.AddVeth():
-            link = replace(_MADE, index=op.index, name=op.device, kind="veth", group=op.group, mac=op.mac, mtu=op.mtu)
+            link = replace(_MADE, index=op.ifindex, name=op.device, kind="veth", group=op.group, mac=op.mac, mtu=op.mtu)
             assert view.host.link is None
             assert view.inside
             peer = replace(
-                _MADE, index=op.peer.index, name=op.peer.name, kind="veth", mac=op.peer.mac, mtu=op.mtu, conf={}
+                _MADE, index=op.peer.ifindex, name=op.peer.name, kind="veth", mac=op.peer.mac, mtu=op.mtu, conf={}
             )
             return replace(view, host=Side(replace(link, persist=True)), inside=replace(view.inside, side=Side(peer)))
         case ops.AddTun():
             assert view.host.link is None
-            link = replace(_MADE, index=op.index, name=op.device, kind=op.kind, multi_queue=op.queues > 1)
+            link = replace(_MADE, index=op.ifindex, name=op.device, kind=op.kind, multi_queue=op.queues > 1)
             return replace(view, host=Side(link))
         case ops.DelLink(place=""):
             inside = view.inside and replace(view.inside, side=Side())

@@ -187,7 +187,7 @@ class _Run:
             case DelNetns():
                 self._places.delete(op.path)
             case AddTun():
-                self._tuns[op.device] = _open_tun(op, index=op.index)
+                self._tuns[op.device] = _open_tun(op, index=op.ifindex)
                 fcntl.ioctl(self._tuns[op.device], _TUNSETOWNER, op.owner)
             case PersistTun():
                 handle = self._tuns.pop(op.device, -1)
@@ -233,8 +233,8 @@ class _Run:
         if isinstance(op, AddVeth):
             peer = op.peer
             self._places.open(peer.place)
-            body = wire.veth(op.device, op.index, op.group, op.mac, op.mtu)
-            body += wire.veth_peer(peer.name, peer.index, peer.mac, op.mtu, self._places.handle(peer.place))
+            body = wire.veth(op.device, op.ifindex, op.group, op.mac, op.mtu)
+            body += wire.veth_peer(peer.name, peer.ifindex, peer.mac, op.mtu, self._places.handle(peer.place))
             return Message(RTM_NEWLINK, _NEW, body)
         return _ENCODERS[type(op)](op)
 
@@ -246,7 +246,9 @@ class _Run:
         netlink = self._places.host
         taken = {link.group for link in all_links(netlink)}
         group = next(one for one in iter(lambda: random.randrange(1 << 30, 1 << 31), 0) if one not in taken)
-        marks = [Message(RTM_SETLINK, 0, wire.link_header(op.index) + u32(wire.IFLA_GROUP, group)) for _, op in doomed]
+        marks = [
+            Message(RTM_SETLINK, 0, wire.link_header(op.ifindex) + u32(wire.IFLA_GROUP, group)) for _, op in doomed
+        ]
         failures = {failure.position: failure for failure in netlink.send(marks)}
         last = Message(RTM_DELLINK, 0, wire.link_header() + u32(wire.IFLA_GROUP, group))
         failed = netlink.send([last]) if len(failures) < len(doomed) else []
@@ -260,31 +262,31 @@ class _Run:
 
 def _add_route(op: AddRoute) -> Message:
     flags = NLM_F_CREATE | NLM_F_APPEND if op.append else _NEW
-    return Message(RTM_NEWROUTE, flags, wire.route(op.route, op.index))
+    return Message(RTM_NEWROUTE, flags, wire.route(op.route, op.ifindex))
 
 
 def _set_filter(op: SetFilter) -> Message:
-    body = wire.filter_program(op.index, op.direction, encode(op.program))
+    body = wire.filter_program(op.ifindex, op.direction, encode(op.program))
     return Message(RTM_NEWTFILTER, NLM_F_CREATE, body)
 
 
 def _set_neighbour(op: SetNeighbour) -> Message:
-    return Message(RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, wire.neighbour(op.index, op.address, op.mac))
+    return Message(RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, wire.neighbour(op.ifindex, op.address, op.mac))
 
 
 _ENCODERS: dict[type, Callable[[Any], Message]] = {
     SetLink: lambda op: Message(RTM_SETLINK, 0, _link_changes(op)),
-    SetConf: lambda op: Message(RTM_SETLINK, 0, wire.link_header(op.index) + wire.conf_spec(op.values)),
-    AddClsact: lambda op: Message(RTM_NEWQDISC, _NEW, wire.clsact(op.index)),
+    SetConf: lambda op: Message(RTM_SETLINK, 0, wire.link_header(op.ifindex) + wire.conf_spec(op.values)),
+    AddClsact: lambda op: Message(RTM_NEWQDISC, _NEW, wire.clsact(op.ifindex)),
     SetFilter: _set_filter,
-    DelFilter: lambda op: Message(RTM_DELTFILTER, 0, wire.filter_place(op.index, op.direction)),
-    AddAddress: lambda op: Message(RTM_NEWADDR, _NEW, wire.address(op.index, op.address)),
-    DelAddress: lambda op: Message(RTM_DELADDR, 0, wire.address(op.index, op.address)),
+    DelFilter: lambda op: Message(RTM_DELTFILTER, 0, wire.filter_place(op.ifindex, op.direction)),
+    AddAddress: lambda op: Message(RTM_NEWADDR, _NEW, wire.address(op.ifindex, op.address)),
+    DelAddress: lambda op: Message(RTM_DELADDR, 0, wire.address(op.ifindex, op.address)),
     PutBackAddress: lambda op: Message(RTM_NEWADDR, _NEW, wire.lo_address(op.address)),
     AddRoute: _add_route,
-    DelRoute: lambda op: Message(RTM_DELROUTE, 0, wire.route(op.route, op.index)),
+    DelRoute: lambda op: Message(RTM_DELROUTE, 0, wire.route(op.route, op.ifindex)),
     SetNeighbour: _set_neighbour,
-    DelLink: lambda op: Message(RTM_DELLINK, 0, wire.link_header(op.index)),
+    DelLink: lambda op: Message(RTM_DELLINK, 0, wire.link_header(op.ifindex)),
 }
 _HostOnly: TypeAlias = AddVeth | AddClsact | SetFilter | DelFilter
 
@@ -297,7 +299,7 @@ def _link_changes(op: SetLink) -> bytes:
     if op.multicast is not None:
         change |= wire.IFF_MULTICAST
         flags |= wire.IFF_MULTICAST if op.multicast else 0
-    body = wire.link_header(op.index, flags, change)
+    body = wire.link_header(op.ifindex, flags, change)
     if op.alias is not None:
         body += text(wire.IFLA_IFALIAS, op.alias)
     if op.group is not None:
