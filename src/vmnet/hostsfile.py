@@ -249,10 +249,12 @@ def _take_turn(real: str, ask: Callable[[], Names]) -> bool:
         return _write_without_temp(real, ask)
     try:
         return _write(real, temp, turn, ask)
+    except FileNotFoundError:  # others took the file away, or both have just cleared up after a stuck writer
+        return False
     finally:
         if _is_at(turn, temp) and _unfinished(real, turn) is None:
             os.unlink(temp)
-        os.close(turn)
+        _release(turn)
 
 
 def _write(real: str, temp: str, turn: int, ask: Callable[[], Names]) -> bool:
@@ -273,7 +275,7 @@ def _write(real: str, temp: str, turn: int, ask: Callable[[], Names]) -> bool:
 
 
 def _lock(temp: str) -> int:
-    """Return the temporary file, open and locked: empty, or what a killed writer left.
+    """Return the temporary file, open and locked: empty, or with what a killed writer left.
 
     It is the lock as well, so that no other file is left behind. Every user can open the folder and the hosts file,
     and so hold a lock on them for ever; this one is root's alone until just before it is renamed.
@@ -296,6 +298,11 @@ def _lock(temp: str) -> int:
                 os.unlink(temp)
         os.close(fd)
         time.sleep(0.002)
+
+
+def _release(fd: int) -> None:
+    fcntl.flock(fd, fcntl.LOCK_UN)  # closing alone leaves the lock to a child that was forked meanwhile
+    os.close(fd)
 
 
 def _is_our_own(fd: int) -> bool:
@@ -431,4 +438,4 @@ def _write_without_temp(real: str, ask: Callable[[], Names]) -> bool:
             _overwrite(real, content)
         return True
     finally:
-        os.close(fd)
+        _release(fd)

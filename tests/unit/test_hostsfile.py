@@ -460,6 +460,18 @@ def test_what_others_write_meanwhile_is_kept(
         assert not (hosts.parent / ".hosts.vmnet").exists()
 
 
+def test_a_file_that_others_remove_meanwhile_is_made_anew(hosts: Path) -> None:
+    def update() -> None:
+        HostsFile(hosts).update(NAMES)
+
+    for number in range(len(lines_run(update))):
+        hosts.write_bytes(DEBIAN)
+        lines_run(update, lambda: hosts.unlink(missing_ok=True), number)
+        update()
+        assert names_in(hosts.read_bytes()) == NAMES
+        assert os.listdir(hosts.parent) == ["hosts"]
+
+
 def test_a_writer_that_hangs_is_not_waited_for_for_ever(hosts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hostsfile, "_PATIENCE", 0.05)
     refused: list[str] = []
