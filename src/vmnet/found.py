@@ -10,6 +10,7 @@ from vmnet.ops import LoAddress
 from vmnet.plan import Found
 
 _NAME = "found.json"
+_PARTIAL = ".found.json.new"
 
 
 def load_found(run: Path, here: NetnsId) -> Found | None:
@@ -28,9 +29,9 @@ def load_found(run: Path, here: NetnsId) -> Found | None:
 
 
 def save_found(run: Path, here: NetnsId, found: Found) -> None:
-    """Keep `found` for `here`, whole or not at all."""
+    """Keep `found` for `here`, whole or not at all; one process at a time."""
     content = json.dumps({"netns": asdict(here), **asdict(found)}, indent=1)
-    partial = run / f".{_NAME}.{os.getpid()}"
+    partial = run / _PARTIAL
     try:
         run.mkdir(mode=0o755, parents=True, exist_ok=True)
         with partial.open("w") as file:
@@ -44,4 +45,5 @@ def save_found(run: Path, here: NetnsId, found: Found) -> None:
 
 def forget_found(run: Path) -> None:
     """Forget what was found: the host is as it was."""
-    (run / _NAME).unlink(missing_ok=True)
+    for name in (_PARTIAL, _NAME):
+        (run / name).unlink(missing_ok=True)

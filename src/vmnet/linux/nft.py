@@ -3,6 +3,7 @@
 import hashlib
 import os
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 from vmnet.linux.places import CLONE_NEWNET, unshare
@@ -58,11 +59,12 @@ def expected_listing(text: str, cache: Path) -> str:
         pass
     fresh = _learn(text)
     cache.mkdir(mode=0o755, parents=True, exist_ok=True)
-    for old in cache.glob("nftables-*.listing"):
+    for old in [*cache.glob("nftables-*.listing"), *cache.glob(".nftables-*")]:
         old.unlink(missing_ok=True)
     partial = cache / f".{kept.name}.{os.getpid()}"
     partial.write_text(fresh)
-    partial.replace(kept)
+    with suppress(FileNotFoundError):  # swept away by one that learns it at the same time
+        partial.replace(kept)
     return fresh
 
 

@@ -15,7 +15,7 @@ from vmnet.linux.netlink import (
     Message,
     Netlink,
 )
-from vmnet.linux.places import NAMED, Places, identify
+from vmnet.linux.places import NAMED, Places, identify, is_stub
 from vmnet.model import Lease, NetnsId
 from vmnet.ops import ROUTE_PROTOCOL, TABLE_MAIN, Address, LoAddress, Route
 from vmnet.plan import (
@@ -106,7 +106,8 @@ def observe_guests(places: Places, leases: Sequence[Lease]) -> dict[str, GuestVi
                 filters=_filters(netlink, link.index),
             )
         netns, inside = _look_inside(places, lease)
-        views[lease.name] = GuestView(side, netns, inside)
+        stub = netns == "absent" and lease.netns is not None and is_stub(lease.netns.path)
+        views[lease.name] = GuestView(side, netns, inside, stub)
     return views
 
 

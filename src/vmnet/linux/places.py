@@ -74,6 +74,16 @@ def identify(path: str) -> NetnsId | None:
     return NetnsId(found.st_dev, found.st_ino, boot_id())
 
 
+def is_stub(path: str) -> bool:
+    """Say whether `path` is a file to mount a namespace on, with nothing mounted: empty, and among the named ones."""
+    try:
+        found, folder = os.lstat(path), os.stat(NAMED)
+    except OSError:
+        return False
+    is_empty = stat.S_ISREG(found.st_mode) and found.st_size == 0 and found.st_dev == folder.st_dev
+    return is_empty and Path(path).parent == NAMED
+
+
 class Places:
     """The sockets that a command has opened, by place; the host's is there from the start."""
 
@@ -156,8 +166,8 @@ class Places:
             try:
                 os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444))
             except FileExistsError:
-                # A run that was killed here leaves an empty file, which leads to no namespace.
-                if identify(path) or os.path.getsize(path):
+                # A run that was killed here leaves such a file behind.
+                if not is_stub(path):
                     raise KernelRefused(f"{path} came into being meanwhile") from None
             mount(f"/proc/self/fd/{handle}", path, None, _MS_BIND)
         except (OSError, KernelRefused):
