@@ -391,7 +391,8 @@ def _plan_inside(desired: Guest, peer: Peer, observed: Inside, *, fresh: bool) -
     link = observed.side.link
     index = link.index if link else peer.ifindex
     ops: list[Op] = []
-    if not observed.lo_up:
+    # In mapped mode nothing needs lo: that of somebody else's namespace stays as it is.
+    if not observed.lo_up and (desired.owned_netns or desired.inside_lo_routes):
         ops.append(SetLink(place, "lo", _LO_INDEX, up=True))
     if desired.inside_lo_routes:
         ops += [
@@ -573,28 +574,25 @@ def plan_restored_lo(place: str, lo: Sequence[LoAddress], found: Sequence[LoAddr
     carved = next((one for one in lo if one.value == _LO_CARVED), None)
     if found is None:
         found = [replace(carved, value=_LO_WIDE)] if carved else []
-    order = [one.value for one in found]
+    order = {one.value: position for position, one in enumerate(found)}
     wide = next((one for one in found if one.value == _LO_WIDE), None)
     surplus = carved is not None and _LO_CARVED not in order
-    has_first = any(value.startswith("127.0.0.1/") for value in values)
-    missing = wide is not None and _LO_WIDE not in values and (surplus or not has_first)
-    if not surplus and not missing:
+    has_first = carved is None and any(value.startswith("127.0.0.1/") for value in values)
+    if not surplus and (wide is None or _LO_WIDE in values or has_first):
         return []
-    ops: list[Op] = []
-    back: list[LoAddress] = []
-    if wide:
-        # The kernel puts a new address behind those of its scope, and makes it a secondary of one of its subnet:
-        # so those that stood behind this one step aside.
-        place_of = {value: position for position, value in enumerate(order)}
-        here = place_of[_LO_WIDE]
-        others = [one for one in lo if one.value not in (_LO_WIDE, _LO_CARVED) and IPNetwork(one.value) in LOOPBACK]
-        back = [one for one in others if place_of.get(one.value, len(order)) > here]
-        back.sort(key=lambda one: place_of.get(one.value, len(order)))
-        ops += [_take_off(place, one) for one in back]
-        ops.append(PutBackAddress(place, wide))
-    if surplus and carved:
-        ops.append(_take_off(place, carved))
-    return ops + [PutBackAddress(place, one) for one in back]
+    if wide is None or carved is None:
+        return [_take_off(place, carved)] if carved else [PutBackAddress(place, wide)] if wide else []
+    # The kernel puts a new address behind those of its scope, and makes it a secondary of one of its subnet: so
+    # those that stood behind this one step aside.
+    behind = [one for one in lo if IPNetwork(one.value) in LOOPBACK and order.get(one.value, len(order)) > order[_LO_WIDE]]
+    behind.sort(key=lambda one: order.get(one.value, len(order)))
+    others = [one for one in behind if one != carved]
+    return [
+        *(_take_off(place, one) for one in others),
+        PutBackAddress(place, wide),
+        _take_off(place, carved),
+        *(PutBackAddress(place, one) for one in (others if surplus else behind)),
+    ]
 
 
 def _take_off(place: str, address: LoAddress) -> DelAddress:
