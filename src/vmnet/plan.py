@@ -584,15 +584,16 @@ def plan_restored_lo(place: str, lo: Sequence[LoAddress], found: Sequence[LoAddr
         return [_take_off(place, carved)] if carved else [PutBackAddress(place, wide)] if wide else []
     # The kernel puts a new address behind those of its scope, and makes it a secondary of one of its subnet: so
     # those that stood behind this one step aside.
-    behind = [one for one in lo if IPNetwork(one.value) in LOOPBACK and order.get(one.value, len(order)) > order[_LO_WIDE]]
-    behind.sort(key=lambda one: order.get(one.value, len(order)))
-    others = [one for one in behind if one != carved]
-    return [
-        *(_take_off(place, one) for one in others),
-        PutBackAddress(place, wide),
-        _take_off(place, carved),
-        *(PutBackAddress(place, one) for one in (others if surplus else behind)),
-    ]
+    last = len(order)
+    behind = sorted(
+        (one for one in lo if IPNetwork(one.value) in LOOPBACK and order.get(one.value, last) > order[_LO_WIDE]),
+        key=lambda one: order.get(one.value, last),
+    )
+    ops: list[Op] = [_take_off(place, one) for one in behind if one != carved]
+    ops.append(PutBackAddress(place, wide))
+    if carved in behind:
+        ops.append(_take_off(place, carved))
+    return ops + [PutBackAddress(place, one) for one in behind if one != carved or not surplus]
 
 
 def _take_off(place: str, address: LoAddress) -> DelAddress:
