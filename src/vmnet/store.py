@@ -128,7 +128,7 @@ class Store:
         brought up to date. To read, nothing is ever written: missing records read as none.
         """
         path = directory.absolute() / "vmnet.db"
-        with _explained(path):
+        with _explained(path, "write" if write else "read"):
             if not write:
                 return cls(path, _connect_reader(path), write=False)
             _make_directory(path.parent)
@@ -274,14 +274,14 @@ class Store:
             yield db
             _patiently(lambda: db.execute("COMMIT"))  # waits for readers; those to come wait for it
         except (sqlite3.Error, OSError, UnicodeError) as error:
-            raise _explain(error, self._path) from error
+            raise _explain(error, self._path, "write") from error
         finally:
             db.rollback()  # does nothing after the commit
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
         """Lend a connection that shows one committed state, in this vmnet's schema, to the end of the block."""
-        with _explained(self._path):
+        with _explained(self._path, "read"):
             if self._db is None:
                 self._db = _connect_reader(self._path)
             with _snapshot(self._path, self._db) as db:
@@ -638,16 +638,19 @@ def _is_locked(error: Exception) -> bool:
     return isinstance(error, BlockingIOError) or getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
 
 
+_Doing: TypeAlias = Literal["read", "write"]
+
+
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _explained(path: Path, doing: _Doing) -> Iterator[None]:
     """Turn what SQLite and the system say about the file into errors for people."""
     try:
         yield
     except (sqlite3.Error, OSError, UnicodeError) as error:
-        raise _explain(error, path) from error
+        raise _explain(error, path, doing) from error
 
 
-def _explain(error: sqlite3.Error | OSError | UnicodeError, path: Path) -> Exception:
+def _explain(error: sqlite3.Error | OSError | UnicodeError, path: Path, doing: _Doing) -> Exception:
     """Return the error for people; one that only a mistake of ours brings about is returned as it is."""
     if _is_locked(error):
         return Conflict(
@@ -660,18 +663,18 @@ def _explain(error: sqlite3.Error | OSError | UnicodeError, path: Path) -> Excep
         return _unreadable(path, str(error))
     if isinstance(error, OSError):
         if error.errno in (errno.EACCES, errno.EPERM):
-            return _refused(path, error.strerror or "")
+            return _refused(path, doing, error.strerror or "")
         return KernelRefused(f"{error.filename or path}: {error.strerror}")
     match getattr(error, "sqlite_errorcode", 0) & 0xFF:
         case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM:
-            return _refused(path, str(error))
+            return _refused(path, doing, str(error))
         case sqlite3.SQLITE_FULL | sqlite3.SQLITE_IOERR:
             return KernelRefused(f"{path}: {error}", hint=f"df {path.parent} shows whether the disk is full")
     # Not only SQLITE_CORRUPT and SQLITE_NOTADB: a table that is missing, a constraint that does not hold.
     return error if isinstance(error, sqlite3.ProgrammingError) else _unreadable(path, str(error))
 
 
-def _refused(path: Path, words: str) -> VmnetError:
+def _refused(path: Path, doing: _Doing, words: str) -> VmnetError:
     """Tell a right that the caller lacks from a file that nobody may write."""
     try:
         read_only = bool(os.statvfs(path.parent).f_flag & os.ST_RDONLY)
@@ -679,8 +682,7 @@ def _refused(path: Path, words: str) -> VmnetError:
         read_only = False
     if os.geteuid() == 0 or read_only:
         return KernelRefused(f"{path}: {words}", hint=f"findmnt --target {path.parent} shows how it is mounted")
-    verb = "write" if os.access(path, os.R_OK) or not path.parent.exists() else "read"
-    return NotPermitted(f"user {os.geteuid()} may not {verb} {path}", hint="try it as root")
+    return NotPermitted(f"user {os.geteuid()} may not {doing} {path}", hint="try it as root")
 
 
 def _unreadable(path: Path, why: str) -> RecordsUnreadable:
