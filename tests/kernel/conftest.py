@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.kernel import net
+from tests.kernel.machine import Machine
 
 
 @pytest.fixture(scope="session")
@@ -28,12 +29,12 @@ def laptop(lab: net.Lab) -> net.Laptop:
 
 
 @pytest.fixture
-def lan(lab: net.Lab) -> net.Machine:
+def lan(lab: net.Lab) -> Machine:
     return lab.lan
 
 
 @pytest.fixture
-def internet(lab: net.Lab) -> net.Machine:
+def internet(lab: net.Lab) -> Machine:
     return lab.internet
 
 

@@ -11,7 +11,7 @@ from tests.kernel.machine import checksum
 
 IPV4, ARP, IPV6, VLAN, QINQ, EXPERIMENT = 0x0800, 0x0806, 0x86DD, 0x8100, 0x88A8, 0x88B5
 BY_LENGTH = 4  # ETH_P_802_2 (linux/if_ether.h): the kernel's name for a length where the type should be
-ICMP, IGMP, TCP, UDP, ICMPV6 = 1, 2, 6, 17, 58
+ICMP, TCP, UDP, ICMPV6, UNKNOWN = 1, 6, 17, 58, 253
 BROADCAST = "ff:ff:ff:ff:ff:ff"
 ALL_NODES_MAC = "33:33:00:00:00:01"
 
@@ -30,12 +30,20 @@ def tagged(frame: bytes, vlan: int, tag: int = VLAN) -> bytes:
     return frame[:12] + struct.pack("!HH", tag, vlan) + frame[12:]
 
 
-def ipv4(src: str, dst: str, protocol: int, payload: bytes, *, ttl: int = 64) -> bytes:
+def ipv4(src: str, dst: str, protocol: int, payload: bytes, *, options: bytes = b"") -> bytes:
+    """Return a packet with its header; `options` are a multiple of four bytes."""
+
     def head(total: int) -> bytes:
-        fixed = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(payload), 0, 0, ttl, protocol, total)
-        return fixed + socket.inet_aton(src) + socket.inet_aton(dst)
+        size = 20 + len(options)
+        fixed = struct.pack("!BBHHHBBH", 0x40 + size // 4, 0, size + len(payload), 0, 0, 64, protocol, total)
+        return fixed + socket.inet_aton(src) + socket.inet_aton(dst) + options
 
     return head(checksum(head(0))) + payload
+
+
+def source_routed(src: str, through: str, dst: str, data: bytes) -> bytes:
+    """Return a packet to `through` that asks to be sent on to `dst` (loose source route, RFC 791 3.1)."""
+    return ipv4(src, through, UNKNOWN, data, options=b"\x01\x83\x07\x04" + socket.inet_aton(dst))
 
 
 def _sealed(src: str, dst: str, protocol: int, segment: bytes, at: int) -> bytes:
@@ -112,3 +120,8 @@ def addresses_of(frame: bytes) -> set[str]:
     body = frame[14:]
     spans = {IPV4: (12, 16), ARP: (14, 24)}.get(kind_of(frame), ())
     return {socket.inet_ntoa(body[at : at + 4]) for at in spans if len(body) >= at + 4}
+
+
+def arp_sender(frame: bytes) -> str:
+    """Return the address that an ARP frame's sender says is its own."""
+    return socket.inet_ntoa(frame[28:32])

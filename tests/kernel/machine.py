@@ -14,8 +14,8 @@ import struct
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -72,6 +72,32 @@ def wait_until(met: Callable[[], bool], seconds: float = TIMEOUT) -> bool:
             return met()
         time.sleep(0.005)
     return True
+
+
+def answered(asked: Iterable[tuple["Machine", str, int]], wait: float = TIMEOUT) -> set[tuple[str, str, int]]:
+    """Ask many at once, by TCP and UDP: return those of (machine, address, port) that have an answer of either kind.
+
+    A refusal is an answer too. Returns as soon as all have answered both ways, or after `wait` seconds.
+    """
+    found: set[tuple[str, str, int]] = set()
+    with selectors.DefaultSelector() as poll, ExitStack() as sockets:
+        for machine, address, port in asked:
+            for kind, event in ((socket.SOCK_STREAM, selectors.EVENT_WRITE), (socket.SOCK_DGRAM, selectors.EVENT_READ)):
+                client = sockets.enter_context(machine.socket(socket.AF_INET, kind))
+                client.setblocking(False)
+                if client.connect_ex((address, port)) in (0, errno.EINPROGRESS):
+                    with suppress(OSError):
+                        poll.register(client, event, (machine.name, address, port))
+                        if kind == socket.SOCK_DGRAM:
+                            client.send(b"hello")
+        end = time.monotonic() + wait
+        while poll.get_map() and (left := end - time.monotonic()) > 0:
+            for key, _ in poll.select(left):
+                poll.unregister(key.fileobj)
+                client = key.fileobj  # type: ignore[assignment]
+                if client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) in (0, errno.ECONNREFUSED):
+                    found.add(key.data)
+    return found
 
 
 class Loop:

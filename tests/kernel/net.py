@@ -102,6 +102,8 @@ class Result:
 class Laptop(Machine):
     """The host: a machine with mounts and processes of its own, on which vmnet runs."""
 
+    lab: "Lab"
+
     def __init__(self, lab: "Lab", folder: Path) -> None:
         # A pipe as stdin: cat ends when this process does, and pid 1 takes the whole laptop with it.
         self._anchor = subprocess.Popen(
@@ -246,6 +248,7 @@ class Laptop(Machine):
 class Guest(Machine):
     """A guest's own machine; the attributes are those of its JSON, `device` is what its NIC is called inside."""
 
+    lab: "Lab"
     device = "eth0"
 
     def __init__(self, lab: "Lab", info: dict[str, Any], fd: int) -> None:

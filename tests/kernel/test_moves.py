@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.kernel.machine import ECHO_PORT, TIMEOUT
+from tests.kernel.machine import ECHO_PORT, TIMEOUT, Machine
 from tests.kernel.net import FORMS, Guest, Lab
 
 ALL = {"tcp", "udp", "ping"}
@@ -99,7 +99,7 @@ def test_guests_are_made_without_any_uplink(lab: Lab) -> None:
 
 def test_open_connections_outlive_a_move(lab: Lab, guests: list[Guest]) -> None:
     """Those between the host and a guest, and between guests; what went out by the old uplink is gone with it."""
-    pairs = [(lab.laptop, guest.address) for guest in guests]
+    pairs: list[tuple[Machine, str]] = [(lab.laptop, guest.address) for guest in guests]
     pairs += [(guests[0], guests[0].knows(guest)) for guest in guests[1:]]
     open_ones = [machine.socket(socket.AF_INET, socket.SOCK_STREAM) for machine, _ in pairs]
     for connection, (_, address) in zip(open_ones, pairs, strict=True):
