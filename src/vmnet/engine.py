@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NoReturn, Protocol
 
 from netaddr import IPAddress, IPNetwork
@@ -23,6 +23,7 @@ from vmnet.model import (
     LOOPBACK,
     Block,
     Conflict,
+    HostLacks,
     KernelRefused,
     Kind,
     Lease,
@@ -54,6 +55,7 @@ from vmnet.settings import Paths, Settings
 from vmnet.store import HostRecord, LeaseRequest, RecordsUnreadable, Reservation, Store
 
 _CHUNK = 100
+_NAME_MAX, _PATH_MAX = 255, 4095  # bytes (linux/limits.h)
 _ATTEMPTS = 4
 _INDEX_STEP = 3_000_017
 _DEFAULT_MODES: dict[Kind, Mode] = {"tap": "mapped", "veth": "native", "tun": "native"}
@@ -149,9 +151,7 @@ class Engine:
         """Return guests, all or those named, in the order asked for; raises NoSuchGuest."""
         with self._reading() as store:
             leases = store.leases(names)
-            host_up = self._is_host_wished_up(store)
-            wish = self._host_wish(store.reservations(), None)
-        host_right = host_up and self._is_host_right(wish)
+            host_right = self._is_host_wished_up(store) and self._is_host_right(store.reservations())
         seen = []
         for chunk in _chunks(leases):
             views = self.platform.observe_guests(chunk)
@@ -164,8 +164,12 @@ class Engine:
         with self._reading() as store:
             return store.leases([name])[0]
 
-    def _is_host_right(self, wish: HostWish) -> bool:
-        return not plan_host(wish, self.platform.observe_host())
+    def _is_host_right(self, reservations: Sequence[Reservation]) -> bool:
+        try:
+            return not plan_host(self._host_wish(reservations, None), self.platform.observe_host())
+        except (HostLacks, KernelRefused) as error:
+            self.report.warn(f"{error.message}: the host part cannot be seen whole")
+            return False
 
     def _state(self, lease: Lease, view: GuestView, host_right: bool) -> State:
         if view.host.link is None:
@@ -198,7 +202,9 @@ class Engine:
             if dry_run:
                 old = [lease for lease in store.leases() if lease.name in set(names)]
                 ops = self._plan_host_up(store)
-                ops += self._plan_up([*old, *preview])
+                problems: dict[str, VmnetError] = {}
+                ops += self._plan_up([*old, *preview], problems)
+                self._raise_first(problems)
                 ops += self._plan_names([*store.leases(), *preview])
                 return [*old, *preview], ops
             for name, netns in rebound.items():
@@ -209,23 +215,29 @@ class Engine:
                     store.allocate(requests, pool=self.settings.pool, created=now)
                     self._create_or_undo(store, names, [spec.name for spec in new])
                     self._write_names(store)
-            except VmnetError:
-                if carved and not store.count():
-                    self._take_host_down(store)
+            except (VmnetError, OSError):
+                if carved:
+                    with self._locks.host(shared=False):
+                        if not store.count():
+                            self._undo_carve(store)
                 raise
             return store.leases(names), []
 
     def _create_or_undo(self, store: Store, names: Sequence[str], new: Sequence[str]) -> None:
         with self._locks.guests(lease.block.number for lease in store.leases(names)):
-            leases = [lease for lease in store.leases(names) if lease.wish == "up"]
-            problems = self._bring_up(store, leases)
+            problems: list[Exception] = []
+            try:
+                leases = [lease for lease in store.leases(names) if lease.wish == "up"]
+                problems += self._bring_up(store, leases).values()
+            except (VmnetError, OSError) as error:
+                problems.append(error)
             if not problems:
                 return
             undone = [lease for lease in store.leases(new) if lease.wish != "deleting"]
             store.set_wish([lease.name for lease in undone], "deleting")
             self._take_down(undone, keep_netns=False)
             store.release([lease.name for lease in undone], freed=time.time())
-        raise next(iter(problems.values()))
+        raise problems[0]
 
     def _sort(self, store: Store, specs: Sequence[GuestSpec]) -> tuple[list[GuestSpec], dict[str, Netns]]:
         """Return the specs of guests that are new, and the namespaces that known guests move to."""
@@ -245,7 +257,7 @@ class Engine:
 
     def _compare(self, spec: GuestSpec, lease: Lease) -> Netns | None:
         """Raise Conflict where `spec` asks for something else than the lease has; return a namespace made anew."""
-        path = self._netns_path(spec.netns) if spec.netns else None
+        path = None if spec.netns is None else self._netns_path(spec.netns)
         asked: dict[str, tuple[object, object]] = {
             "kind": (spec.kind, lease.kind),
             "mode": (spec.mode, lease.mode),
@@ -277,9 +289,9 @@ class Engine:
         return replace(lease.netns, identity=found)
 
     def _request(self, spec: GuestSpec) -> LeaseRequest:
-        kind: Kind = spec.kind or ("veth" if spec.netns else "tap")
+        kind: Kind = spec.kind or ("tap" if spec.netns is None else "veth")
         mode: Mode = spec.mode or _DEFAULT_MODES[kind]
-        if spec.netns and kind != "veth":
+        if spec.netns is not None and kind != "veth":
             raise UsageError(f"a {kind} is in no network namespace", hint="leave --netns out, or --kind veth")
         if kind == "tap" and mode != "mapped":
             raise UsageError("a tap is always mapped", hint="leave --native out, or take a veth or a tun")
@@ -289,9 +301,9 @@ class Engine:
             raise UsageError(f"a {kind} has one queue", hint="leave --queues out, or take a tap")
         netns = None
         if kind == "veth":
-            path = self._netns_path(spec.netns or spec.name)
+            path = self._netns_path(spec.name if spec.netns is None else spec.netns)
             found = self._identify(path)
-            if found is None and not path.startswith(self.platform.netns_path("")):
+            if found is None and not self._is_named(path):
                 raise Conflict(
                     f"there is no network namespace at {path}",
                     hint="give the name of one under /run/netns (made if need be), or a path such as /proc/PID/ns/net",
@@ -312,14 +324,21 @@ class Engine:
         )
 
     def _netns_path(self, netns: str) -> str:
-        if netns.startswith("/"):
-            return netns
-        if not netns or "/" in netns or netns in (".", "..") or not netns.isprintable() or len(netns) > 255:
+        """Return where a namespace is that was given as a name or as a path; raises UsageError."""
+        name = PurePath(netns).name if self._is_named(netns) else netns
+        right = name.isprintable() and len(name.encode()) <= _PATH_MAX
+        if right and name.startswith("/"):
+            return name
+        if not right or not name or "/" in name or name in (".", "..") or len(name.encode()) > _NAME_MAX:
             shown = repr(netns if len(netns) < 80 else netns[:77] + "...")
             raise UsageError(
                 f"{shown} names no network namespace", hint="give a name under /run/netns, or an absolute path"
             )
-        return self.platform.netns_path(netns)
+        return self.platform.netns_path(name)
+
+    def _is_named(self, path: str) -> bool:
+        """Say whether `path` is that of a named namespace, there or not: only those are ever made."""
+        return PurePath(path).parent == PurePath(self.platform.netns_path(""))
 
     def _identify(self, path: str) -> NetnsId | None:
         try:
@@ -366,10 +385,20 @@ class Engine:
             if dry_run:
                 wanted = [lease for lease in leases if lease.wish != "deleting"]
                 deleting = [lease for lease in leases if lease.wish == "deleting"]
-                ops = [*self._plan_host_up(store), *self._plan_up(wanted), *self._plan_down(deleting, keep_netns=False)]
+                problems: dict[str, VmnetError] = {}
+                ops = self._plan_host_up(store) + self._plan_up(wanted, problems)
+                ops += self._plan_down(deleting, keep_netns=False)
                 if names is None:
                     ops += self.platform.orphans([lease.name for lease in leases])
-                return ops + self._plan_names([replace(lease, wish="up") for lease in wanted])
+                named = {lease.name for lease in wanted}
+                ops += self._plan_names(
+                    [replace(one, wish="up") if one.name in named else one for one in store.leases()]
+                )
+                if not ops:
+                    self._raise_first(problems)
+                for name, problem in problems.items():
+                    self.report.warn(f"{name}: {problem.message}")
+                return ops
             store.set_wish([lease.name for lease in leases if lease.wish == "down"], "up")
             self._ensure_host(store)
             self.converge(store, names)
@@ -440,22 +469,23 @@ class Engine:
             return []
 
     def restore(self, *, purge: bool = False, dry_run: bool = False) -> list[Op]:
-        """Take all guests down and put the host back as it was found; needs no readable records."""
+        """Take all guests down and put the host back as it was found; needs no records that can be read or written.
+
+        Raises what kept the records from being written only where they were to be purged.
+        """
         self.platform.need_rights()
         with ExitStack() as stack:
-            try:
-                store: Store | None = stack.enter_context(self._writing(dry_run))
-                leases = store.leases() if store else []
-            except RecordsUnreadable as error:
-                self.report.warn(f"{error.message}; all that bears the marks of vmnet is taken away")
-                store, leases = None, []
+            store, leases, unwritten = self._open_for_restore(stack, dry_run)
             if dry_run:
                 ops = self._plan_down(leases, keep_netns=False) + self.platform.orphans([one.name for one in leases])
                 return ops + self._plan_names([]) + self._plan_host_down()
             with self._locks.host(shared=False), self._locks.guests(None):
                 if store:
-                    store.set_wish([lease.name for lease in leases if lease.wish == "up"], "down")
-                    store.set_host(HostRecord("down", self._here.boot_id, self._here.device, self._here.inode))
+                    try:
+                        store.set_wish([lease.name for lease in leases if lease.wish == "up"], "down")
+                        store.set_host(HostRecord("down", self._here.boot_id, self._here.device, self._here.inode))
+                    except KernelRefused as error:
+                        store, unwritten = None, self._go_on_without(error)
                 problems = self._take_down(leases, keep_netns=False)
                 self._apply_host(self.platform.orphans([lease.name for lease in leases]))
                 self._keep_names(self._names_op([]), list)
@@ -466,14 +496,33 @@ class Engine:
                     if purge:
                         store.purge()
             self._raise_first(problems)
+            if purge and unwritten:
+                raise unwritten
             return []
 
-    def _take_host_down(self, store: Store) -> None:
-        """Undo a carve of this very command, which came to nothing."""
-        with self._locks.host(shared=False):
-            if not store.count():
-                self._remove_host_part()
-                store.set_host(HostRecord("down", self._here.boot_id, self._here.device, self._here.inode))
+    def _open_for_restore(self, stack: ExitStack, dry_run: bool) -> tuple[Store | None, list[Lease], VmnetError | None]:
+        """Return the records if they can be written, the leases as far as they can be read, and what went wrong."""
+        try:
+            store = stack.enter_context(self._writing(dry_run))
+            return store, store.leases(), None
+        except RecordsUnreadable as error:
+            self.report.warn(f"{error.message}; all that bears the marks of vmnet is taken away")
+            return None, [], error
+        except KernelRefused as error:
+            with self._reading() as store:
+                return None, store.leases(), self._go_on_without(error)
+
+    def _go_on_without(self, error: VmnetError) -> VmnetError:
+        self.report.warn(f"{error.message}; the host is put back, and the records stay as they are")
+        return error
+
+    def _undo_carve(self, store: Store, before: HostRecord | None = None) -> None:
+        """Undo a first carve, which came to nothing; the caller holds the host part, and raises the cause."""
+        try:
+            self._remove_host_part()
+            store.set_host(before or HostRecord("down", self._here.boot_id, self._here.device, self._here.inode))
+        except VmnetError as error:
+            self.report.warn(error.message)
 
     def _remove_host_part(self) -> None:
         found = load_found(self.paths.run, self._here)
@@ -504,21 +553,32 @@ class Engine:
         with self._locks.host(shared=False):
             found = load_found(self.paths.run, self._here)
             fresh = found is None
+            before, reservations = store.host(), store.reservations()
             if found is None:
                 found, reservations = self._look_around(store)
+            wish = self._host_wish(reservations, found)
+            bare = not self.platform.observe_host().routes
+            if fresh:
                 store.replace_reservations(reservations)
                 save_found(self.paths.run, self._here, found)
             store.set_host(HostRecord("up", self._here.boot_id, self._here.device, self._here.inode))
-            wish = self._host_wish(store.reservations(), found)
-            for _ in range(_ATTEMPTS):
-                ops = plan_host(wish, self.platform.observe_host())
-                if not ops:
-                    return fresh
-                self._apply_host(ops)
-            left = plan_host(wish, self.platform.observe_host())
-            if left:
-                raise KernelRefused(f"the host part does not stay as it is set: {'; '.join(map(str, left))}")
+            try:
+                self._make_host_part(wish)
+            except (VmnetError, OSError):
+                if fresh and bare:
+                    self._undo_carve(store, before)
+                raise
             return fresh
+
+    def _make_host_part(self, wish: HostWish) -> None:
+        for _ in range(_ATTEMPTS):
+            ops = plan_host(wish, self.platform.observe_host())
+            if not ops:
+                return
+            self._apply_host(ops)
+        left = plan_host(wish, self.platform.observe_host())
+        if left:
+            raise KernelRefused(f"the host part does not stay as it is set: {'; '.join(map(str, left))}")
 
     def _plan_host_up(self, store: Store) -> list[Op]:
         found = load_found(self.paths.run, self._here)
@@ -576,9 +636,16 @@ class Engine:
     def _desire(self, lease: Lease, shift: int = 0) -> Guest:
         return desire(lease, self.settings.plane, index_shift=shift)
 
-    def _plan_up(self, leases: Sequence[Lease]) -> list[Op]:
+    def _plan_up(self, leases: Sequence[Lease], problems: dict[str, VmnetError]) -> list[Op]:
+        """Return the ops for guests that are to be up; put into `problems`, by name, what is in the way of others."""
         views = self.platform.observe_guests(leases)
-        return [op for lease in leases for op in plan_guest(self._desire(lease), views[lease.name])]
+        ops: list[Op] = []
+        for lease in leases:
+            try:
+                ops += plan_guest(self._desire(lease), views[lease.name])
+            except Conflict as error:
+                problems[lease.name] = error
+        return ops
 
     def _plan_down(self, leases: Sequence[Lease], *, keep_netns: bool) -> list[Op]:
         views = self.platform.observe_guests(leases)
