@@ -75,7 +75,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 
 
 class RecordsUnreadable(Conflict):
-    """The file of records is damaged, or is not one of vmnet's."""
+    """The file of records is damaged, one of a newer vmnet, or not one of vmnet's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -529,7 +529,7 @@ def _check_version(db: sqlite3.Connection, path: Path) -> int:
     """Return the schema's version; refuse a newer one and a file that is not ours."""
     version = _number(db.execute("PRAGMA user_version"))
     if version > len(MIGRATIONS):
-        raise Conflict(
+        raise RecordsUnreadable(
             f"{path} was written by a newer vmnet: schema {version}, this one knows {len(MIGRATIONS)}",
             hint="install the newer vmnet again; vmnet restore works without records",
         )

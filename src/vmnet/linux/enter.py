@@ -1,6 +1,7 @@
 """Run a command inside a guest's namespace, as ip-netns(8) exec does."""
 
 import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -36,6 +37,8 @@ def execute(path: str, expected: NetnsId | None, argv: Sequence[str]) -> NoRetur
                 mount(str(file), str(target), None, _MS_BIND)
     except OSError as error:
         raise KernelRefused(f"{path} cannot be entered: {error.strerror}") from None
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)  # Python ignores them, and what it starts would do so too
     os.execvp(argv[0], list(argv))
 
 

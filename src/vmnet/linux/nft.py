@@ -46,7 +46,7 @@ def delete() -> None:
 
 
 def expected_listing(text: str, cache: Path) -> str:
-    """Return how nft lists the ruleset `text`, learnt in a fresh namespace and kept in the folder `cache`.
+    """Return how nft lists the ruleset `text`, learnt in a fresh namespace; a folder `cache` that is there keeps it.
 
     It is never learnt from the host's own table: what somebody changed in that would become the wish.
     """
@@ -58,12 +58,13 @@ def expected_listing(text: str, cache: Path) -> str:
     except OSError:
         pass
     fresh = _learn(text)
-    cache.mkdir(mode=0o755, parents=True, exist_ok=True)
-    for old in [*cache.glob("nftables-*.listing"), *cache.glob(".nftables-*")]:
-        old.unlink(missing_ok=True)
-    partial = cache / f".{kept.name}.{os.getpid()}"
-    partial.write_text(fresh)
-    with suppress(FileNotFoundError):  # swept away by one that learns it at the same time
+    # No folder yet, a disk that is full or read-only, another process that sweeps at the same time: all that costs
+    # is learning it anew the next time.
+    with suppress(OSError):
+        for old in [*cache.glob("nftables-*.listing"), *cache.glob(".nftables-*")]:
+            old.unlink(missing_ok=True)
+        partial = cache / f".{kept.name}.{os.getpid()}"
+        partial.write_text(fresh)
         partial.replace(kept)
     return fresh
 

@@ -4,6 +4,7 @@ Entering one takes setns(2) of the calling thread and back; a socket opened in b
 """
 
 import ctypes
+import fcntl
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ NAMED = Path("/run/netns")
 CLONE_NEWNS, CLONE_NEWNET = 0x00020000, 0x40000000
 _MS_BIND, _MS_REC, _MS_SHARED = 4096, 16384, 1 << 20
 _MNT_DETACH = 2
+_NS_GET_USERNS, _NS_GET_NSTYPE = 0xB701, 0xB703  # include/uapi/linux/nsfs.h
 _IFLA_IFALIAS = 20
 _OWN = "/proc/thread-self/ns/net"
 T = TypeVar("T")
@@ -60,7 +62,7 @@ def boot_id() -> str:
 
 
 def identify(path: str) -> NetnsId | None:
-    """Return which network namespace `path` leads to, or None where it leads to none.
+    """Return which network namespace `path` leads to, or None where it leads to none, or to one of another kind.
 
     Raises PermissionError where the caller may not look.
     """
@@ -69,9 +71,38 @@ def identify(path: str) -> NetnsId | None:
     except (FileNotFoundError, NotADirectoryError, ProcessLookupError):
         return None
     own = os.stat(_OWN)
-    if found.st_dev != own.st_dev or not stat.S_ISREG(found.st_mode):
+    if found.st_dev != own.st_dev or not stat.S_ISREG(found.st_mode) or not _is_network(path):
         return None
     return NetnsId(found.st_dev, found.st_ino, boot_id())
+
+
+def _is_network(path: str) -> bool:
+    """Say whether a namespace is one of a network (ioctl_ns(2)), as far as the caller may ask."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return True
+    try:
+        return fcntl.ioctl(handle, _NS_GET_NSTYPE) == CLONE_NEWNET
+    finally:
+        os.close(handle)
+
+
+def owned_from_here(path: str = _OWN) -> bool:
+    """Say whether the user namespace that owns the network namespace at `path` is the caller's, or one below it.
+
+    In any other case the caller's capabilities count for nothing there (ioctl_ns(2), NS_GET_USERNS).
+    """
+    if not os.path.exists("/proc/self/ns/user"):
+        return True  # a kernel without user namespaces says EPERM to everybody
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.close(fcntl.ioctl(handle, _NS_GET_USERNS))
+    except PermissionError:
+        return False
+    finally:
+        os.close(handle)
+    return True
 
 
 def is_stub(path: str) -> bool:

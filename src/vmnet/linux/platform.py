@@ -11,7 +11,7 @@ from netaddr import IPNetwork
 
 from vmnet.linux import enter, nft, observe
 from vmnet.linux.apply import Refusal, apply
-from vmnet.linux.places import NAMED, Places, boot_id, identify
+from vmnet.linux.places import NAMED, Places, boot_id, identify, owned_from_here
 from vmnet.model import Lease, NetnsId, NotPermitted
 from vmnet.ops import DelLink, DelNetns, Op, WriteNames
 from vmnet.plan import HOST, Found, GuestView, HostView, Use
@@ -38,7 +38,7 @@ class LinuxPlatform:
         """Raise NotPermitted unless the caller may change the network."""
         if not self.privileged:
             raise NotPermitted(
-                "this needs root: the capabilities CAP_NET_ADMIN and CAP_SYS_ADMIN are missing",
+                "this needs root: CAP_NET_ADMIN and CAP_SYS_ADMIN, over this network namespace, are missing",
                 hint="run it with sudo",
             )
 
@@ -120,5 +120,6 @@ def _has_capabilities() -> bool:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("CapEff:"):
             effective = int(line.split()[1], 16)
-            return all(effective >> capability & 1 for capability in (_CAP_NET_ADMIN, _CAP_SYS_ADMIN))
+            held = all(effective >> capability & 1 for capability in (_CAP_NET_ADMIN, _CAP_SYS_ADMIN))
+            return held and owned_from_here()
     return False
