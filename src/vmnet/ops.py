@@ -193,7 +193,7 @@ class AddNetns(NamedTuple):
         return f"+ namespace {self.path}"
 
     def command(self) -> str:
-        name = self.path.rpartition("/")[2]
+        name = shlex.quote(self.path.rpartition("/")[2])
         return f"ip netns add {name} && ip -n {name} link set lo up alias {self.alias}"
 
 
@@ -206,7 +206,7 @@ class DelNetns(NamedTuple):
         return f"- namespace {self.path}"
 
     def command(self) -> str:
-        return f"ip netns del {self.path.rpartition('/')[2]}"
+        return f"ip netns del {shlex.quote(self.path.rpartition('/')[2])}"
 
 
 class AddVeth(NamedTuple):
@@ -227,7 +227,7 @@ class AddVeth(NamedTuple):
         return (
             f"ip link add {self.device} address {self.mac} mtu {self.mtu} group {self.group} numtxqueues 1 "
             f"numrxqueues 1 type veth peer name {peer.name} address {peer.mac} mtu {self.mtu} numtxqueues 1 "
-            f"numrxqueues 1 netns {peer.place.removeprefix('/run/netns/')}"
+            f"numrxqueues 1 netns {shlex.quote(peer.place.removeprefix('/run/netns/'))}"
         )
 
 
@@ -419,7 +419,7 @@ class WriteNames(NamedTuple):
     names: tuple[tuple[str, str], ...]
 
     def __str__(self) -> str:
-        return f"~ names of {len(self.names)} guests in {self.path}"
+        return f"~ names of {len(self.names)} {'guest' if len(self.names) == 1 else 'guests'} in {self.path}"
 
     def command(self) -> str:
         if not self.names:
