@@ -294,7 +294,7 @@ class SetLink(NamedTuple):
     def _words(self) -> str:
         words = []
         if self.alias is not None:
-            words.append(f"alias {self.alias}")
+            words.append(f"alias {shlex.quote(self.alias)}")
         if self.group is not None:
             words.append(f"group {self.group}")
         if self.mac is not None:

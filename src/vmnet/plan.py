@@ -54,6 +54,8 @@ _LAST_METRIC = 0xFFFFFFFF
 _LO_INDEX = 1
 _LO_WIDE = "127.0.0.1/8"
 _LO_CARVED = "127.0.0.1/16"
+# What stands on the lo of somebody else's namespace that vmnet set up: it was down, without or with 127.0.0.1/8.
+_LO_WAS = {False: "was down without 127.0.0.1/8 before vmnet", True: "was down before vmnet"}
 _LOCAL_SOURCE = "127.0.0.1"
 # What stays local to lo beside the pool: the host part, and what programs may already use.
 _KEPT_LOCAL = ("127.0.0.0/16", "127.64.0.0/10", "127.128.0.0/9")
@@ -123,6 +125,7 @@ class Inside:
     lo_up: bool
     lo_routes: frozenset[Route]
     has_default: bool
+    lo_alias: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,12 +396,17 @@ def _plan_inside(desired: Guest, peer: Peer, observed: Inside, *, fresh: bool) -
     ops: list[Op] = []
     # In mapped mode nothing needs lo: that of somebody else's namespace stays as it is.
     if not observed.lo_up and (desired.owned_netns or desired.inside_lo_routes):
-        ops.append(SetLink(place, "lo", _LO_INDEX, up=True))
+        note = None
+        if not desired.owned_netns and not observed.lo_alias:
+            note = _LO_WAS[_LO_WIDE in [one.value for one in observed.lo]]
+        ops.append(SetLink(place, "lo", _LO_INDEX, alias=note, up=True))
     if desired.inside_lo_routes:
         ops += [
             AddRoute(place, route, _LO_INDEX, append=True)
             for route in sorted(desired.inside_lo_routes - observed.lo_routes)
         ]
+    # The routes are enough; the lo of somebody else's namespace keeps its addresses.
+    if desired.inside_lo_routes and desired.owned_netns:
         lo = observed.lo
         if fresh or not observed.lo_up:
             # The kernel gives a lo that goes up its address by itself.
@@ -444,10 +452,23 @@ def plan_removal(desired: Guest, observed: GuestView, *, keep_netns: bool = Fals
         if desired.owned_netns:
             if not keep_netns:
                 ops.append(DelNetns(place))
-        elif observed.inside and observed.inside.lo_routes:
-            ops += plan_restored_lo(place, observed.inside.lo, None)
+        elif observed.inside:
             ops += [DelRoute(place, route, _LO_INDEX) for route in sorted(observed.inside.lo_routes)]
+            ops += _plan_lo_down(place, observed.inside)
     return ops
+
+
+def _plan_lo_down(place: str, inside: Inside) -> list[Op]:
+    """Return the ops that take down again the lo that vmnet set up in a namespace that is not its own."""
+    if inside.lo_alias not in _LO_WAS.values():
+        return []
+    ops: list[Op] = [SetLink(place, "lo", _LO_INDEX, up=False)]
+    # Going down takes routes that an address has while its device was never up: only a new address has them.
+    ops += [_take_off(place, one) for one in inside.lo]
+    had_wide = inside.lo_alias == _LO_WAS[True]
+    ops += [PutBackAddress(place, one) for one in inside.lo if one.value != _LO_WIDE or had_wide]
+    # Last: until then it says what is still to be done.
+    return [*ops, SetLink(place, "lo", _LO_INDEX, alias="")]
 
 
 # The host part

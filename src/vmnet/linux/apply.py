@@ -34,6 +34,7 @@ from vmnet.linux.netlink import (
     RTM_NEWTFILTER,
     RTM_SETLINK,
     Message,
+    attr,
     text,
     u32,
 )
@@ -301,7 +302,8 @@ def _link_changes(op: SetLink) -> bytes:
         flags |= wire.IFF_MULTICAST if op.multicast else 0
     body = wire.link_header(op.ifindex, flags, change)
     if op.alias is not None:
-        body += text(wire.IFLA_IFALIAS, op.alias)
+        # An alias is taken away by one of no bytes at all, without the NUL.
+        body += text(wire.IFLA_IFALIAS, op.alias) if op.alias else attr(wire.IFLA_IFALIAS, b"")
     if op.group is not None:
         body += u32(wire.IFLA_GROUP, op.group)
     if op.mac is not None:

@@ -161,7 +161,9 @@ def observe_inside(netlink: Netlink) -> Inside:
         routes=frozenset(ours[index]),
         neighbours=frozenset(neighbours),
     )
-    return Inside(side, tuple(addresses[_LO]), bool(lo and lo.up), frozenset(ours[_LO]), has_default)
+    return Inside(
+        side, tuple(addresses[_LO]), bool(lo and lo.up), frozenset(ours[_LO]), has_default, lo.alias if lo else ""
+    )
 
 
 def observe_host(netlink: Netlink, listing: str | None) -> HostView:
