@@ -84,6 +84,12 @@ _SETTLED: dict[type, frozenset[int]] = {
     AddClsact: frozenset({errno.EEXIST}),
     DelFilter: frozenset({errno.ENOENT, errno.EINVAL}),
 }
+# What a kernel may have been built without, its option, and its module.
+_FEATURES: dict[type, tuple[str, str, str]] = {
+    AddVeth: ("veth", "CONFIG_VETH", "veth"),
+    AddClsact: ("clsact", "CONFIG_NET_SCH_INGRESS", "sch_ingress"),
+    SetFilter: ("BPF filters of tc", "CONFIG_NET_CLS_BPF", "cls_bpf"),
+}
 _NONE: frozenset[int] = frozenset()
 _Direct: TypeAlias = AddNetns | DelNetns | AddTun | PersistTun | SetSysctl | LoadRules | DelRules | WriteNames
 
@@ -213,19 +219,35 @@ class _Run:
             netlink = self._places.open(place)
         except OSError as error:
             for number, op in batch:
-                if self._left[number] or not self._is_refused(number):
-                    self._refuse(
-                        number, op, error.errno or 0, KernelRefused(f"{place} cannot be entered: {error.strerror}")
-                    )
+                self._refuse_all_of(number, op, error, KernelRefused(f"{place} cannot be entered: {error.strerror}"))
             return
-        failures = {failure.position: failure for failure in netlink.send([self._encode(op) for _, op in batch])}
-        for position, (number, op) in enumerate(batch):
+        messages: list[Message] = []
+        sent: list[tuple[int, Op]] = []
+        for number, op in batch:
+            try:
+                messages.append(self._encode(op))
+            except OSError as error:  # the namespace that a veth's peer belongs into is gone
+                self._refuse_all_of(number, op, error, _explain(op, error.errno or 0, error.strerror or str(error)))
+            else:
+                sent.append((number, op))
+        try:
+            failures = {failure.position: failure for failure in netlink.send(messages)}
+        except OSError as error:
+            for number, op in sent:
+                self._refuse_all_of(number, op, error, _explain(op, error.errno or 0, str(error.strerror)))
+            return
+        for position, (number, op) in enumerate(sent):
             failure = failures.get(position)
             if failure is None or failure.errno in _SETTLED.get(type(op), _NONE):
                 self._done(op)
             elif not self._is_refused(number):
                 # The first refusal of a list is the cause; what follows it in the same send is its echo.
                 self._refuse(number, op, failure.errno, _explain(op, failure.errno, str(failure)))
+
+    def _refuse_all_of(self, number: int, op: Op, cause: OSError, error: VmnetError) -> None:
+        """Refuse a list from `op` on, unless it is refused already."""
+        if not self._is_refused(number):
+            self._refuse(number, op, cause.errno or 0, error)
 
     def _is_refused(self, number: int) -> bool:
         return any(refusal.number == number for refusal in self._refusals)
@@ -339,8 +361,8 @@ def _write_sysctl(op: SetSysctl) -> None:
 def _explain(op: Op, code: int, words: str) -> VmnetError:
     if isinstance(op, AddTun | PersistTun) and code in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
         return HostLacks(f"{_TUN_DEVICE} is missing ({words})", hint="load the module tun: modprobe tun")
-    if isinstance(op, AddVeth | AddClsact | SetFilter) and code in (errno.EOPNOTSUPP, errno.ENOENT):
-        feature = {AddVeth: "veth (CONFIG_VETH)", AddClsact: "clsact (CONFIG_NET_SCH_INGRESS)"}
-        missing = feature.get(type(op), "BPF filters of tc (CONFIG_NET_CLS_BPF)")
-        return HostLacks(f"the kernel lacks {missing}: {words}", hint="load the module, or use another kernel")
+    feature = _FEATURES.get(type(op))
+    if feature and code in (errno.EOPNOTSUPP, errno.ENOENT):
+        what, option, module = feature
+        return HostLacks(f"the kernel lacks {what} ({option}): {words}", hint=f"load the module: modprobe {module}")
     return KernelRefused(f"the kernel refused `{op.command()}`: {words}")
