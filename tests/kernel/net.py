@@ -99,6 +99,11 @@ class Result:
         return json.loads(self.out)
 
 
+def forms_here() -> dict[str, tuple[str, ...]]:
+    """Return those of `FORMS` that can be made here: all of them, where taps can be opened."""
+    return {form: options for form, options in FORMS.items() if form.startswith("veth") or why_no_tap() is None}
+
+
 class Laptop(Machine):
     """The host: a machine with mounts and processes of its own, on which vmnet runs."""
 
@@ -129,7 +134,7 @@ class Laptop(Machine):
             "VMNET_RUN_DIR": str(folder / "run"),
             "VMNET_CONFIG": str(folder / "config.toml"),
             "VMNET_HOSTS_FILE": str(self.hosts_file),
-            "PYTHONPATH": str(SOURCES),
+            "PYTHONPATH": os.pathsep.join([str(SOURCES), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
         }
 
     def _end(self) -> None:

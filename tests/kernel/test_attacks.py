@@ -22,7 +22,7 @@ import pytest
 
 from tests.kernel import frames
 from tests.kernel.machine import ECHO_PORT, Machine, Sniffer, answered, wait_until
-from tests.kernel.net import FORMS, Guest, Lab, Laptop
+from tests.kernel.net import FORMS, Guest, Lab, Laptop, forms_here
 
 SECURITY = Path(__file__).parents[2] / "docs/reference/security.md"
 HOST, NEIGHBOUR, INTERNET = "192.168.77.2", "192.168.77.1", "198.51.100.2"
@@ -348,7 +348,7 @@ def test_a_guest_gets_where_it_may_and_nowhere_else(
 ) -> None:
     laptop = lab.laptop
     guest = laptop.guest("guest", *FORMS[form])
-    forms = list(FORMS) if request.config.getoption("--long") else ["veth-mapped", "veth-native"]
+    forms = list(forms_here()) if request.config.getoption("--long") else ["veth-mapped", "veth-native"]
     peers = [laptop.guest(name, *FORMS[name]) for name in forms]
     me = Attacker(laptop, guest, guest.device, guest.host_device)
     laptop.rp_filter(rp_filter)
@@ -384,7 +384,7 @@ def test_a_guest_gets_where_it_may_and_nowhere_else(
 @pytest.mark.parametrize("rp_filter", [0, 1, 2])
 def test_a_neighbour_gets_nowhere(lab: Lab, rp_filter: int) -> None:
     laptop = lab.laptop
-    guests = [laptop.guest(form, *options) for form, options in FORMS.items()]
+    guests = [laptop.guest(form, *options) for form, options in forms_here().items()]
     me = Attacker(laptop, lab.lan, "lan0", "wlan0")
     laptop.rp_filter(rp_filter)
     for guest in guests:
@@ -464,7 +464,7 @@ def test_invented_arp_senders_do_not_fill_the_neighbour_table(lab: Lab) -> None:
 def test_what_the_laptop_says_by_arp_on_its_lan(lab: Lab) -> None:
     """It answers for its own end of each block, as for all its addresses, and for nothing of 127/8 and no guest."""
     laptop, lan = lab.laptop, lab.lan
-    guests = [laptop.guest(form, *options) for form, options in FORMS.items()]
+    guests = [laptop.guest(form, *options) for form, options in forms_here().items()]
     me = Attacker(laptop, lan, "lan0", "wlan0")
     gateways = {shadow_of(guest.gateway) for guest in guests}
     asked = {
@@ -490,7 +490,7 @@ def test_what_the_laptop_says_by_arp_on_its_lan(lab: Lab) -> None:
 def test_the_hosts_services_are_closed_to_guests_and_its_loopback_to_all(lab: Lab) -> None:
     """With real stacks on both sides, and services on all addresses, on all of both versions, and on 127.0.0.1."""
     laptop, lan = lab.laptop, lab.lan
-    guests = [laptop.guest(form, *options) for form, options in FORMS.items()]
+    guests = [laptop.guest(form, *options) for form, options in forms_here().items()]
     services = [laptop.serve(1001, "0.0.0.0"), laptop.serve(1002, "::"), laptop.serve(1003, "127.0.0.1")]
     lan.sysctl("ipv4/conf/all/route_localnet", 1)
     lan.ip(
@@ -521,7 +521,7 @@ def test_the_hosts_services_are_closed_to_guests_and_its_loopback_to_all(lab: La
 def test_without_rules_nothing_at_all_reaches_a_guest(lab: Lab) -> None:
     """From the host, the LAN and the other guests, by whatever address, and no answer to what a guest says."""
     laptop, lan = lab.laptop, lab.lan
-    guests = [laptop.guest(form, *options) for form, options in FORMS.items()]
+    guests = [laptop.guest(form, *options) for form, options in forms_here().items()]
     for guest in guests:
         guest.serve()
     lab.internet.serve()
@@ -550,7 +550,7 @@ def test_without_rules_nothing_at_all_reaches_a_guest(lab: Lab) -> None:
 def test_nothing_of_127_or_247_leaves_by_the_uplink(lab: Lab) -> None:
     """What the host and its guests send to blocks that nobody has fails at once, and goes nowhere."""
     laptop, lan = lab.laptop, lab.lan
-    guests = [laptop.guest(form, *options) for form, options in FORMS.items()]
+    guests = [laptop.guest(form, *options) for form, options in forms_here().items()]
     lab.internet.serve()
     lost = ("127.1.9.10", "127.63.255.254", "247.1.9.10", "247.63.255.254", "247.200.0.1")
 

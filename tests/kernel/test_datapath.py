@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.kernel.machine import ECHO_PORT, Machine
-from tests.kernel.net import FORMS, Guest, Lab, Laptop
+from tests.kernel.net import FORMS, Guest, Lab, Laptop, forms_here
 
 ALL = {"tcp", "udp", "ping"}
 BIG = bytes(range(250)) * 16
@@ -71,7 +71,7 @@ def test_a_closed_port_is_refused_at_once(laptop: Laptop, internet: Machine, gue
 
 
 def test_guests_reach_each_other_in_every_mixture(laptop: Laptop) -> None:
-    pairs = [laptop.guests([f"one-{name}", f"other-{name}"], *options) for name, options in FORMS.items()]
+    pairs = [laptop.guests([f"one-{name}", f"other-{name}"], *options) for name, options in forms_here().items()]
     echoes = {guest: guest.serve() for pair in pairs for guest in pair}
     for one, other in ((pair[0], second[1]) for pair in pairs for second in pairs):
         for here, there in ((one, other), (other, one)):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.kernel.machine import ECHO_PORT, TIMEOUT, Machine
-from tests.kernel.net import FORMS, Guest, Lab
+from tests.kernel.net import FORMS, Guest, Lab, forms_here
 
 ALL = {"tcp", "udp", "ping"}
 INTERNET = "198.51.100.2"
@@ -16,7 +16,7 @@ INTERNET = "198.51.100.2"
 @pytest.fixture
 def guests(lab: Lab) -> list[Guest]:
     """One of each kind and mode, each with an echo server; the internet has one too."""
-    made = [lab.laptop.guest(form, *options) for form, options in FORMS.items()]
+    made = [lab.laptop.guest(form, *options) for form, options in forms_here().items()]
     for guest in made:
         guest.serve()
     lab.internet.serve()
