@@ -226,8 +226,10 @@ class _Run:
         for number, op in batch:
             try:
                 messages.append(self._encode(op))
-            except OSError as error:  # the namespace that a veth's peer belongs into is gone
-                self._refuse_all_of(number, op, error, _explain(op, error.errno or 0, error.strerror or str(error)))
+            except OSError as error:
+                there = op.peer.place if isinstance(op, AddVeth) else place
+                words = error.strerror or str(error)
+                self._refuse_all_of(number, op, error, KernelRefused(f"{there} cannot be entered: {words}"))
             else:
                 sent.append((number, op))
         try:
