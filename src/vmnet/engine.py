@@ -198,7 +198,10 @@ class Engine:
             new, rebound = self._sort(store, specs)
             requests = [self._request(spec) for spec in new]
             now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-            preview = store.preview(requests, pool=self.settings.pool, created=now)
+            preview: list[Lease] = []
+            if dry_run or load_found(self.paths.run, self._here) is None:
+                # What cannot be recorded is refused before the host is carved.
+                preview = store.preview(requests, pool=self.settings.pool, created=now)
             if dry_run:
                 old = [lease for lease in store.leases() if lease.name in set(names)]
                 ops = self._plan_host_up(store)
