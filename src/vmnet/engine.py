@@ -6,6 +6,7 @@ finish. Commands differ in what they desire and in how far they walk: a dry run 
 
 import errno
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -191,11 +192,11 @@ class Engine:
         """
         self.platform.need_rights()
         names = [check_name(spec.name) for spec in specs]
-        for name in names:
-            if names.count(name) > 1:
+        for name, times in Counter(names).items():
+            if times > 1:
                 raise UsageError(f"{name} is named twice")
         with self._writing(dry_run) as store:
-            new, rebound = self._sort(store, specs)
+            new, rebound = self._sort(store, specs, dry_run=dry_run)
             requests = [self._request(spec) for spec in new]
             now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
             preview: list[Lease] = []
@@ -242,12 +243,16 @@ class Engine:
             store.release([lease.name for lease in undone], freed=time.time())
         raise problems[0]
 
-    def _sort(self, store: Store, specs: Sequence[GuestSpec]) -> tuple[list[GuestSpec], dict[str, Netns]]:
+    def _sort(
+        self, store: Store, specs: Sequence[GuestSpec], *, dry_run: bool
+    ) -> tuple[list[GuestSpec], dict[str, Netns]]:
         """Return the specs of guests that are new, and the namespaces that known guests move to."""
         new, rebound = [], {}
         for spec in specs:
             lease = store.lease(spec.name)
             if lease and lease.wish == "deleting":
+                if dry_run:
+                    raise Conflict(f"the deletion of {lease.name} is not finished", hint="vmnet up finishes it")
                 self._finish_deletion(store, [lease])
                 lease = None
             if lease is None:
