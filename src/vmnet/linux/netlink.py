@@ -32,7 +32,10 @@ _SOL_NETLINK, _NETLINK_CAP_ACK, _NETLINK_EXT_ACK, _NETLINK_GET_STRICT_CHK = 270,
 _SO_RCVBUFFORCE = 33
 _NESTED = 0x8000
 _SEND_LIMIT = 64 * 1024
-_RECEIVE_SIZE = 256 * 1024
+# The kernel builds dumps in pieces of 32 KiB at most; a larger buffer is mapped anew for each call.
+_RECEIVE_SIZE = 64 * 1024
+# So many answers fit into the receive buffer that a socket has at the least.
+_QUESTIONS = 32
 
 _HEADER = struct.Struct("=IHHII")
 _ATTR = struct.Struct("=HH")
@@ -159,21 +162,38 @@ class Netlink:
 
     def get(self, message: Message) -> bytes | None:
         """Return the body of the one answer to `message`, or None where the kernel knows no such thing."""
-        self._sequence += 1
-        size = 16 + len(message.body)
-        self._socket.send(_HEADER.pack(size, message.kind, NLM_F_REQUEST, self._sequence, 0) + message.body)
-        while True:
+        return self.get_each([message])[0]
+
+    def get_each(self, messages: Sequence[Message]) -> list[bytes | None]:
+        """Return the body of the one answer to each of `messages`, or None where the kernel knows no such thing."""
+        answers: list[bytes | None] = []
+        for start in range(0, len(messages), _QUESTIONS):
+            answers += self._ask(messages[start : start + _QUESTIONS])
+        return answers
+
+    def _ask(self, messages: Sequence[Message]) -> Iterator[bytes | None]:
+        first = self._sequence + 1
+        self._sequence += len(messages)
+        parts = [
+            _HEADER.pack(16 + len(message.body), message.kind, NLM_F_REQUEST, number, 0) + message.body
+            for number, message in enumerate(messages, first)
+        ]
+        self._socket.send(b"".join(parts))
+        answers: dict[int, bytes | None] = {}
+        while len(answers) < len(messages):
             for kind, flags, number, body in self._receive():
-                if number != self._sequence:
+                if number < first:
+                    continue  # of a question that was given up
+                if kind != _NLMSG_ERROR:
+                    answers[number] = body
                     continue
-                if kind == _NLMSG_ERROR:
-                    code = -int.from_bytes(body[:4], "little", signed=True)
-                    if code in (errno.ENODEV, errno.ENOENT):
-                        return None
+                code = -int.from_bytes(body[:4], "little", signed=True)
+                if code not in (errno.ENODEV, errno.ENOENT):
                     raise KernelRefused(
                         f"the kernel refused a netlink request: {Failure(0, code, _words(flags, body))}"
                     )
-                return body
+                answers[number] = None
+        return (answers[number] for number in range(first, first + len(messages)))
 
     def dump(self, kind: int, body: bytes) -> Iterator[bytes]:
         """Yield the body of each answer to a dump request; a device that is not there has none.

@@ -42,6 +42,12 @@ def link_by_name(netlink: Netlink, name: str) -> Link | None:
     return wire.parse_link(body) if body else None
 
 
+def _links_by_name(netlink: Netlink, names: Sequence[str]) -> dict[str, Link]:
+    """Return those devices that are there; asked for one by one, because a dump of all grows with what is there."""
+    bodies = netlink.get_each([Message(RTM_GETLINK, 0, wire.link_query(name)) for name in names])
+    return {name: wire.parse_link(body) for name, body in zip(names, bodies, strict=True) if body}
+
+
 def all_links(netlink: Netlink) -> list[Link]:
     """Return all devices."""
     return [wire.parse_link(body) for body in netlink.dump(RTM_GETLINK, wire.link_query())]
@@ -87,10 +93,7 @@ def _filters(netlink: Netlink, index: int) -> dict[str, Filter]:
 def observe_guests(places: Places, leases: Sequence[Lease]) -> dict[str, GuestView]:
     """Return what the kernel shows of each lease's guest, by name."""
     netlink = places.host
-    if len(leases) > _MANY:
-        by_name = {link.name: link for link in all_links(netlink)}
-    else:
-        by_name = {lease.device: link for lease in leases if (link := link_by_name(netlink, lease.device))}
+    by_name = _links_by_name(netlink, [lease.device for lease in leases])
     links = [by_name[lease.device] for lease in leases if lease.device in by_name]
     tables = _Tables(netlink, links) if links else None
     views = {}
