@@ -19,9 +19,11 @@ from netaddr import IPAddress, IPNetwork
 from vmnet import rules
 from vmnet.found import forget_found, load_found, save_found
 from vmnet.hostsfile import HostsFile, HostsFileUnwritable
+from vmnet.ipam import blocks_touching, holds
 from vmnet.locks import Locks
 from vmnet.model import (
     LOOPBACK,
+    POOL_SPAN,
     Block,
     Conflict,
     HostLacks,
@@ -51,6 +53,7 @@ from vmnet.plan import (
     plan_host,
     plan_host_removal,
     plan_removal,
+    without,
 )
 from vmnet.settings import Paths, Settings
 from vmnet.store import HostRecord, LeaseRequest, RecordsUnreadable, Reservation, Store
@@ -58,6 +61,7 @@ from vmnet.store import HostRecord, LeaseRequest, RecordsUnreadable, Reservation
 _CHUNK = 100
 _NAME_MAX, _PATH_MAX = 255, 4095  # bytes (linux/limits.h)
 _ATTEMPTS = 4
+_SHOWN = 20  # lines of a list that a person is to read
 _INDEX_STEP = 3_000_017
 _DEFAULT_MODES: dict[Kind, Mode] = {"tap": "mapped", "veth": "native", "tun": "native"}
 
@@ -152,7 +156,7 @@ class Engine:
         """Return guests, all or those named, in the order asked for; raises NoSuchGuest."""
         with self._reading() as store:
             leases = store.leases(names)
-            host_right = self._is_host_wished_up(store) and self._is_host_right(store.reservations())
+            host_right = self._is_host_wished_up(store) and self._is_host_right(store)
         seen = []
         for chunk in _chunks(leases):
             views = self.platform.observe_guests(chunk)
@@ -165,9 +169,9 @@ class Engine:
         with self._reading() as store:
             return store.leases([name])[0]
 
-    def _is_host_right(self, reservations: Sequence[Reservation]) -> bool:
+    def _is_host_right(self, store: Store) -> bool:
         try:
-            return not plan_host(self._host_wish(reservations, None), self.platform.observe_host())
+            return not plan_host(self._host_wish(store, store.reservations(), None), self.platform.observe_host())
         except (HostLacks, KernelRefused) as error:
             self.report.warn(f"{error.message}: the host part cannot be seen whole")
             return False
@@ -556,7 +560,7 @@ class Engine:
         with self._locks.host(shared=True):
             if self._is_host_wished_up(store) and load_found(self.paths.run, self._here):
                 found = load_found(self.paths.run, self._here)
-                if not plan_host(self._host_wish(store.reservations(), found), self.platform.observe_host()):
+                if not plan_host(self._host_wish(store, store.reservations(), found), self.platform.observe_host()):
                     return False
         with self._locks.host(shared=False):
             found = load_found(self.paths.run, self._here)
@@ -564,7 +568,7 @@ class Engine:
             before, reservations = store.host(), store.reservations()
             if found is None:
                 found, reservations = self._look_around(store)
-            wish = self._host_wish(reservations, found)
+            wish = self._host_wish(store, reservations, found)
             bare = not self.platform.observe_host().routes
             if fresh:
                 store.replace_reservations(reservations)
@@ -593,35 +597,31 @@ class Engine:
         reservations = store.reservations()
         if found is None:
             found, reservations = self._look_around(store)
-        return plan_host(self._host_wish(reservations, found), self.platform.observe_host())
+        return plan_host(self._host_wish(store, reservations, found), self.platform.observe_host())
 
     def _look_around(self, store: Store) -> tuple[Found, list[Reservation]]:
         """Return how the host is, and what of the pool others use; raises Conflict where that cannot be."""
         shadow = IPNetwork(f"{self.settings.plane.shadow}.0.0.0/8")
         uses = self.platform.find_uses(shadow, self.paths.hosts)
-        blocks = {lease.block.network: lease.name for lease in store.leases()} if uses else {}
-        clashes = [str(use) for use in uses if use.network not in LOOPBACK]
-        clashes += [
-            f"{use} (it belongs to {name})"
-            for use in uses
-            for network, name in blocks.items()
-            if use.network in network or network in use.network
-        ]
+        clashes = [str(use) for use in uses if use.network not in LOOPBACK or POOL_SPAN in use.network]
+        holders = {lease.block.number: lease.name for lease in store.leases()} if uses else {}
+        for use in uses:
+            lo, hi = blocks_touching(use.network.first, use.network.last)
+            clashes += [f"{use} (it belongs to {name})" for block, name in holders.items() if lo <= block < hi]
         if clashes:
-            shown = "; ".join(clashes[:20]) + (f"; and {len(clashes) - 20} more" if len(clashes) > 20 else "")
             raise Conflict(
-                f"addresses that vmnet needs are in use: {shown}",
+                f"addresses that vmnet needs are in use: {'; '.join(_shortened(clashes))}",
                 hint="end that use, delete the guest, or set another `shadow` in the settings",
             )
         reservations = [
             Reservation(IPAddress(use.network.first), IPAddress(use.network.last), f"{use.kind}: {use.what}")
             for use in uses
         ]
-        for use in uses:
-            self.report.warn(f"{use}; it stays so, and out of the pool")
+        for line in _shortened([f"{use}; it stays so, and out of the pool" for use in uses]):
+            self.report.warn(line)
         return self.platform.look_around(), reservations
 
-    def _host_wish(self, reservations: Sequence[Reservation], found: Found | None) -> HostWish:
+    def _host_wish(self, store: Store, reservations: Sequence[Reservation], found: Found | None) -> HostWish:
         found = found or load_found(self.paths.run, self._here)
         guard = bool(self.settings.guard_forwarding and found and not found.ip_forward)
         text = rules.render(self.settings.plane, guard=guard)
@@ -631,9 +631,13 @@ class Engine:
         for one in reservations:
             kind = one.reason.partition(":")[0]
             spans[kind if kind in spans else "local"] += _cidrs(one.first, one.last)
+        pool = self.settings.pool
+        kept = kept_local(pool.networks, pool.reserved, spans["local"])
+        # A guest keeps its address, also where the settings have taken it out of the pool since.
+        displaced = [block.network for _, block in store.wished_up() if not holds(pool.extents, block.number)]
         return HostWish(
             plane=self.settings.plane,
-            kept=tuple(kept_local(self.settings.pool.networks, self.settings.pool.reserved, spans["local"])),
+            kept=tuple(without(kept, [*spans["foreign"], *displaced])),
             holes=tuple(spans["foreign"]),
             text=text,
             listing=self._listing,
@@ -808,6 +812,11 @@ class Engine:
 
 def _chunks(leases: Sequence[Lease], size: int = _CHUNK) -> Iterable[Sequence[Lease]]:
     return (leases[start : start + size] for start in range(0, len(leases), size))
+
+
+def _shortened(lines: Sequence[str]) -> list[str]:
+    """Return the lines that a person can still read, and how many more there are."""
+    return [*lines[:_SHOWN], f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else list(lines)
 
 
 def _cidrs(first: IPAddress, last: IPAddress) -> list[Any]:

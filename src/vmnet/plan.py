@@ -217,13 +217,13 @@ def desire(lease: Lease, plane: Plane, *, index_shift: int = 0) -> Guest:
         guest,
         peer=peer,
         inside=_desire_inside(lease, peer, own_address, host_mac or ""),
-        inside_lo_routes=frozenset(_local_routes() if native else ()),
+        inside_lo_routes=frozenset(_local_routes(_KEPT_LOCAL) if native else ()),
         owned_netns=lease.netns.owned,
     )
 
 
-def _local_routes() -> list[Route]:
-    return [Route(prefix, TABLE_LOCAL, "local", "lo", source=_LOCAL_SOURCE, scope=SCOPE_HOST) for prefix in _KEPT_LOCAL]
+def _local_routes(networks: Iterable[object]) -> list[Route]:
+    return [Route(str(one), TABLE_LOCAL, "local", "lo", source=_LOCAL_SOURCE, scope=SCOPE_HOST) for one in networks]
 
 
 def _desire_inside(lease: Lease, peer: Peer, address: int, host_mac: str) -> Side:
@@ -528,15 +528,21 @@ def kept_local(pool: Iterable[IPNetwork], reserved: Iterable[IPNetwork], used: I
     return sorted(kept.iter_cidrs())
 
 
+def without(networks: Sequence[IPNetwork], holes: Sequence[IPNetwork]) -> list[IPNetwork]:
+    """Return networks that hold what is in `networks` and not in `holes`."""
+    return list((IPSet(networks) - IPSet(holes)).iter_cidrs()) if holes else list(networks)
+
+
 def host_routes(wish: HostWish) -> list[Route]:
     """Return the routes of the host part, in the order in which they are to be added."""
-    routes = _local_routes()
-    routes += [
-        Route(str(kept), TABLE_LOCAL, "local", "lo", source=_LOCAL_SOURCE, scope=SCOPE_HOST) for kept in wish.kept
-    ]
-    fence: Iterable[IPNetwork] = [POOL_SPAN]
+    local = [IPNetwork(prefix) for prefix in _KEPT_LOCAL]
+    fence = [POOL_SPAN]
     if wish.holes:
-        fence = (IPSet([POOL_SPAN]) - IPSet(wish.holes)).iter_cidrs()
+        # Where routing rules part table local from the others, what stands in it would hide their routes. And of two
+        # routes to one network, as a local one and a piece of the fence could be, the kernel takes but one.
+        local = without(local, wish.holes)
+        fence = without(fence, [*wish.holes, *wish.kept, HOST_PART])
+    routes = _local_routes([*local, *wish.kept])
     routes += [Route(str(part), TABLE_LOCAL, "unreachable") for part in fence]
     routes.append(Route(f"{wish.plane.shadow}.0.0.0/8", TABLE_MAIN, "unreachable", metric=_LAST_METRIC))
     return routes

@@ -1,47 +1,145 @@
-"""Find who uses addresses that vmnet is about to take: sockets, addresses, routes, the hosts file.
+"""Find who uses addresses that vmnet is about to take: addresses, routes, sockets, the hosts file.
 
-It runs once before the host is carved, and asks about all that there is, whoever made it: pyroute2 knows how all
-of that is spelled.
+It runs once before the host is carved. Afterwards nobody can take an address of the pool by chance: the fence says no.
 """
 
 import re
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from ipaddress import AddressValueError, IPv4Address, IPv6Address
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
-from netaddr import AddrFormatError, IPAddress, IPNetwork
+from netaddr import IPNetwork
 
-from vmnet.linux import nft
-from vmnet.model import HOST_PART, POOL_SPAN
-from vmnet.ops import ROUTE_PROTOCOL
+from vmnet.linux import nft, wire
+from vmnet.linux.netlink import RTM_GETADDR, RTM_GETROUTE, Netlink
+from vmnet.linux.observe import all_links
+from vmnet.model import HOST_PART, LOOPBACK, POOL_SPAN
+from vmnet.ops import ROUTE_PROTOCOL, TABLE_LOCAL, TABLE_MAIN, Route
 from vmnet.plan import ALIAS_PREFIX, Use
 
-_SOCKET_TABLES = ("tcp", "udp", "udplite", "raw", "icmp", "tcp6", "udp6", "udplite6", "raw6")
+_SOCKET_TABLES = ("tcp", "udp", "udplite", "raw", "icmp", "tcp6", "udp6", "udplite6", "raw6", "icmp6")
 _LO = 1
+_IFA_ADDRESS = 1  # the far end of a point-to-point address: include/uapi/linux/if_addr.h
+# Class E alone. A wider route that covers the shadow is a piece of a default route: VPNs write 128.0.0.0/1.
+_WIDEST_CLASH = 4
+# A router knows a million routes: most of them are not worth a closer look.
+_FIRST_OCTETS = ("127.", "24", "25")
+
+_Routes: TypeAlias = Sequence[tuple[int, int, Route]]
 
 
-def find_uses(shadow: IPNetwork, hosts: Path | None) -> list[Use]:
-    """Return each use of the pool and of the shadow by somebody else."""
-    uses = [*_sockets(), *_addresses_and_routes(shadow), *_hosts_lines(hosts)]
-    return sorted(set(uses), key=lambda use: (use.network, use.what))
+def find_uses(netlink: Netlink, shadow: IPNetwork, hosts: Path | None) -> list[Use]:
+    """Return who else uses 127/8 beside the host part, or the shadow: disjoint networks, lowest first.
+
+    A network that lies outside of 127/8, or that covers the whole pool, is one that vmnet cannot do without.
+    """
+    names, ours = {}, set()
+    for link in all_links(netlink):
+        names[link.index] = link.name
+        if link.alias.startswith(ALIAS_PREFIX):
+            ours.add(link.index)
+    routes = [
+        one
+        for body in netlink.dump(RTM_GETROUTE, wire.route_query())
+        if (one := wire.parse_route(body, names))[2].destination.startswith(_FIRST_OCTETS)
+    ]
+    guests = [IPNetwork(route.destination) for protocol, index, route in routes if protocol == ROUTE_PROTOCOL and index]
+    return _outermost(
+        [
+            *_addresses(netlink, shadow, names, ours),
+            *_routes([one for one in routes if one[0] != ROUTE_PROTOCOL and one[1] not in ours], shadow),
+            *_sockets(guests),
+            *_hosts_lines(hosts),
+        ]
+    )
+
+
+def _outermost(uses: Iterable[Use]) -> list[Use]:
+    """Return one use for each network, and none within another's, except that of something else in a local one."""
+    kept: list[Use] = []
+    ends = {"foreign": -1, "local": -1}
+    for use in sorted(uses, key=lambda one: (one.network.first, one.network.prefixlen, one.kind)):
+        first = use.network.first
+        if first <= ends["foreign"] or (use.kind == "local" and first <= ends["local"]):
+            continue
+        ends[use.kind] = use.network.last
+        kept.append(use)
+    return kept
 
 
 def _is_in_pool(network: IPNetwork) -> bool:
     return network in POOL_SPAN and network not in HOST_PART
 
 
-def _sockets() -> Iterator[Use]:
+def _is_taken(network: IPNetwork, shadow: IPNetwork) -> bool:
+    """Say whether something else than lo in `network` is in the way of vmnet, or vmnet in its."""
+    covers = shadow in network and network.prefixlen >= _WIDEST_CLASH
+    return network in LOOPBACK or network in shadow or covers
+
+
+def _addresses(netlink: Netlink, shadow: IPNetwork, names: dict[int, str], ours: set[int]) -> Iterator[Use]:
+    for body in netlink.dump(RTM_GETADDR, wire.address_query()):
+        index, address = wire.parse_address(body)
+        if index in ours:
+            continue
+        network = IPNetwork(address.value).cidr
+        what = f"an address of {names.get(index, index)}"
+        if index != _LO:
+            far = next(payload for number, payload in address.attributes if number == _IFA_ADDRESS)
+            far_end = IPNetwork(f"{socket.inet_ntoa(bytes.fromhex(far))}/{network.prefixlen}").cidr
+            yield from (Use("foreign", one, what) for one in {network, far_end} if _is_taken(one, shadow))
+        elif _is_in_pool(network):
+            yield Use("local", network, what)
+        elif _is_in_pool(alone := IPNetwork(address.value.partition("/")[0])):
+            yield Use("local", alone, what)  # a wide one, such as 127.9.0.1/8, uses itself alone
+        elif network not in LOOPBACK and _is_taken(network, shadow):
+            yield Use("foreign", network, what)
+
+
+def _routes(routes: _Routes, shadow: IPNetwork) -> Iterator[Use]:
+    for _, index, route in routes:
+        network = IPNetwork(route.destination)
+        what = _describe(route)
+        if POOL_SPAN in network and network in LOOPBACK:
+            # Nothing of ours can stand beside one in table local; elsewhere only what leads away is a use.
+            same_place = network == POOL_SPAN and route.table == TABLE_LOCAL
+            if same_place or (route.type == "unicast" and index != _LO):
+                yield Use("foreign", network, what)
+        elif index == _LO and network in LOOPBACK:
+            if route.type in ("local", "unicast") and _is_in_pool(network):
+                yield Use("local", network, what)
+        elif _is_taken(network, shadow):
+            yield Use("foreign", network, what)
+
+
+def _describe(route: Route) -> str:
+    kind = "" if route.type == "unicast" else f" of type {route.type}"
+    way = f" over {route.device}" if route.device else ""
+    table = "" if route.table in (TABLE_MAIN, TABLE_LOCAL) else f" in table {route.table}"
+    return f"a route{kind}{way}{table}"
+
+
+def _sockets(guests: Sequence[IPNetwork]) -> Iterator[Use]:
     for table in _SOCKET_TABLES:
+        protocol = table.removesuffix("6")
         try:
             lines = Path("/proc/thread-self/net", table).read_text().splitlines()[1:]
         except OSError:
             continue
         for line in lines:
-            address = local_address(line.split()[1].partition(":")[0])
-            if address and _is_in_pool(IPNetwork(address)):
-                yield Use("local", IPNetwork(address), f"a {table.removesuffix('6')} socket is bound to it")
+            _, local, remote, _, _, _, _, _, _, inode, *_ = line.split()
+            if protocol == "tcp" and inode == "0":
+                continue  # what is left of a connection that no program has any more, such as TIME_WAIT
+            for end, does in ((local, "is bound"), (remote, "talks")):
+                address = local_address(end.partition(":")[0])
+                if address is None or not address.startswith("127."):
+                    continue
+                network = IPNetwork(address)
+                if _is_in_pool(network) and not any(network in guest for guest in guests):
+                    yield Use("local", network, f"a {protocol} socket {does} to it")
 
 
 def local_address(field: str) -> str | None:
@@ -55,45 +153,6 @@ def local_address(field: str) -> str | None:
     return socket.inet_ntoa(raw[::-1])
 
 
-def _addresses_and_routes(shadow: IPNetwork) -> Iterator[Use]:
-    from pyroute2 import IPRoute
-
-    with IPRoute() as ipr:
-        links: dict[int, Any] = {link["index"]: link for link in ipr.get_links()}
-        names = {index: str(link.get_attr("IFLA_IFNAME")) for index, link in links.items()}
-        ours = {i for i, link in links.items() if str(link.get_attr("IFLA_IFALIAS") or "").startswith(ALIAS_PREFIX)}
-        for address in ipr.get_addr(family=socket.AF_INET):
-            value = address.get_attr("IFA_LOCAL") or address.get_attr("IFA_ADDRESS")
-            index, length = address["index"], address["prefixlen"]
-            if index in ours or not value:
-                continue
-            network = IPNetwork(f"{value}/{length}").cidr
-            what = f"an address of {names.get(index, index)}"
-            if index == _LO:
-                # A wide one, such as 127.0.0.2/8, uses itself alone; a subnet within the pool is used whole.
-                used = network if _is_in_pool(network) else IPNetwork(value)
-                if _is_in_pool(used):
-                    yield Use("local", used, what)
-            elif _is_in_pool(network) or network in shadow or shadow in network:
-                yield Use("foreign", network, what)
-        for route in ipr.get_routes(family=socket.AF_INET):
-            yield from _route_use(route, shadow, names, ours)
-
-
-def _route_use(route: Any, shadow: IPNetwork, names: dict[int, str], ours: set[int]) -> Iterator[Use]:
-    target, oif = route.get_attr("RTA_DST"), route.get_attr("RTA_OIF")
-    if route["proto"] == ROUTE_PROTOCOL or oif in ours or not target:
-        return
-    network = IPNetwork(f"{target}/{route['dst_len']}")
-    if oif == _LO and route["type"] in (2, 3):  # the kernel's own for an address of lo: seen with the address
-        if route["proto"] != 2 and _is_in_pool(network):
-            yield Use("local", network, "a local route on lo")
-        return
-    if _is_in_pool(network) or network in shadow or shadow in network:
-        way = f" over {names.get(oif, oif)}" if oif else ""
-        yield Use("foreign", network, f"a route to it{way}")
-
-
 def _hosts_lines(hosts: Path | None) -> Iterator[Use]:
     if hosts is None:
         return
@@ -105,29 +164,46 @@ def _hosts_lines(hosts: Path | None) -> Iterator[Use]:
         return
     for line in content.decode(errors="replace").splitlines():
         words = line.partition("#")[0].split()
-        if len(words) < 2 or not re.fullmatch(r"127(\.\d{1,3}){3}", words[0]):
-            continue
-        try:
-            address = IPNetwork(IPAddress(words[0]))
-        except AddrFormatError:
-            continue
-        if _is_in_pool(address):
-            yield Use("local", address, f"{hosts} gives it the name {words[1]}")
+        address = _plain_address(words[0]) if len(words) > 1 else None
+        if address and _is_in_pool(IPNetwork(str(address))):
+            yield Use("local", IPNetwork(str(address)), f"{hosts} gives it the name {words[1]}")
+
+
+def _plain_address(word: str) -> IPv4Address | None:
+    """Return the IPv4 address that a line of the hosts file begins with, IPv6-mapped or not, or None."""
+    try:
+        return IPv6Address(word).ipv4_mapped if ":" in word else IPv4Address(word)
+    except AddressValueError:
+        return None
 
 
 def forwards_for_others() -> bool:
     """Say whether somebody else's rules translate source addresses: who does so wants the host to forward."""
-    try:
-        listed = subprocess.run(
-            (nft.program(), "list", "ruleset", "ip"), capture_output=True, text=True, check=False,
-            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"},
-        ).stdout  # fmt: skip
-    except OSError:
-        return True
-    others = re.sub(r"(?ms)^table ip vmnet \{.*?^\}", "", listed)
-    if re.search(r"\b(masquerade|snat|MASQUERADE|SNAT)\b", others):
+    listed = _output(nft.program(), "list", "ruleset")
+    if listed is None or _translates(re.sub(r"(?ms)^table ip vmnet \{.*?^\}", "", listed)):
         return True
     try:
-        return "nat" in Path("/proc/net/ip_tables_names").read_text().split()
+        legacy = "nat" in Path("/proc/thread-self/net/ip_tables_names").read_text().split()
     except OSError:
         return False
+    if not legacy:
+        return False
+    # The table is there as soon as anybody has looked at it; only its own program can tell what is in it.
+    saved = _output("iptables-legacy-save", "-t", "nat")
+    return saved is None or _translates(saved)
+
+
+def _translates(rules: str) -> bool:
+    return re.search(r"\b(masquerade|snat|netmap)\b", rules, re.IGNORECASE) is not None
+
+
+def _output(*argv: str) -> str | None:
+    """Return what a program prints, or None where it fails or is missing."""
+    try:
+        done = subprocess.run(
+            argv, capture_output=True, text=True, check=False,
+            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"},
+        )  # fmt: skip
+    except OSError:
+        return None
+    return done.stdout if done.returncode == 0 else None
