@@ -1,0 +1,190 @@
+"""A vmnet that has started already: each call is a fork of a process that has all of it imported.
+
+`Warm.vmnet(laptop, ...)` does what `laptop.vmnet(...)` does, with the same main() in the same namespaces, in a tenth
+of the time, which tests that make hundreds of calls live on. `start()` returns at once, for many at the same time;
+`traced()` has strace watch the call, and kill it where it is told to.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tests.kernel.net import SOURCES, Laptop, Result
+
+_CHECKOUT = Path(__file__).parents[2]
+_NAMESPACES = ("net", "mnt", "pid_for_children")
+_ATTACHED = b"attached"
+_KILLED = 128
+"""A process that a signal ended is told as a shell tells it: 128 and the signal's number."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Call:
+    """A call under way."""
+
+    def __init__(self, line: str, out: socket.socket, err: socket.socket, status: socket.socket) -> None:
+        self._line = line
+        self._ends = (out, err, status)
+
+    def wait(self) -> Result:
+        """Return how it ended."""
+        out, err, status = (_drain(end) for end in self._ends)
+        assert status, f"{self._line} was not run: {err}"
+        return Result(int(status), out, err)
+
+
+class Warm:
+    """The process that is forked; a context manager that ends it."""
+
+    def __init__(self) -> None:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.kernel.warm", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                cwd=_CHECKOUT,
+                env={**os.environ, "PYTHONPATH": f"{SOURCES}:{_CHECKOUT}"},
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._socket.close()
+        self._process.wait()
+
+    def start(self, laptop: Laptop, *args: str, strace: Sequence[str] = ()) -> Call:
+        """Start the command line in the laptop, watched by strace with those options if there are any."""
+        request = {
+            "namespaces": [f"{laptop.proc}/ns/{name}" for name in _NAMESPACES],
+            "folder": str(laptop.folder),
+            "env": laptop.env,
+            "args": args,
+            "strace": strace,
+        }
+        pairs = [socket.socketpair() for _ in range(3)]
+        socket.send_fds(self._socket, [json.dumps(request).encode()], [theirs.fileno() for _, theirs in pairs])
+        for _, theirs in pairs:
+            theirs.close()
+        return Call(f"vmnet {' '.join(args)}", *(ours for ours, _ in pairs))
+
+    def vmnet(self, laptop: Laptop, *args: str, check: bool = True, strace: Sequence[str] = ()) -> Result:
+        """Run the command line in the laptop; with `check` another exit code than 0 fails the test."""
+        result = self.start(laptop, *args, strace=strace).wait()
+        assert not check or result.code == 0, f"vmnet {' '.join(args)}: {result.code}\n{result.out}{result.err}"
+        return result
+
+
+def _drain(end: socket.socket) -> str:
+    with end, end.makefile("rb") as file:
+        return file.read().decode()
+
+
+def _serve(requests: socket.socket) -> None:
+    """Fork for each request, until the other end is closed."""
+    import pyroute2  # noqa: F401 -- what the slow first carve loads
+
+    import vmnet.cli.main
+    import vmnet.linux.usage  # noqa: F401
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        data, fds, _, _ = socket.recv_fds(requests, 1 << 20, 3)
+        if not data:
+            return
+        if os.fork() == 0:
+            requests.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _enter_and_run(json.loads(data), *fds)
+        for fd in fds:
+            os.close(fd)
+
+
+def _enter_and_run(request: dict[str, Any], out: int, err: int, status: int) -> None:
+    # All are opened before one is entered: what /proc leads to is then the laptop's own.
+    for fd in [os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in request["namespaces"]]:
+        if _libc.setns(fd, 0) != 0:
+            raise OSError(ctypes.get_errno(), "setns into the laptop")
+        os.close(fd)
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    os.dup2(out, 1)
+    os.dup2(err, 2)
+    os.close(out)
+    os.close(err)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    os.set_inheritable(status, False)
+    # Twice: the first child is the first process inside the laptop, and can attach strace to the second.
+    code = _wait(_fork(lambda: _supervise(request)))
+    os.write(status, str(code).encode())
+    os._exit(0)
+
+
+def _supervise(request: dict[str, Any]) -> int:
+    if not request["strace"]:
+        return _wait(_fork(lambda: _main(request["args"])))
+
+    def stop_and_run() -> int:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return _main(request["args"])
+
+    pid = _fork(stop_and_run)
+    os.waitpid(pid, os.WUNTRACED)
+    with subprocess.Popen(
+        ["strace", *request["strace"], "-p", str(pid)], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as tracer:
+        assert tracer.stderr is not None
+        if not any(_ATTACHED in line for line in tracer.stderr):
+            os.kill(pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGCONT)
+        code = _wait(pid)
+        tracer.stderr.read()
+    return code
+
+
+def _main(args: Sequence[str]) -> int:
+    from vmnet.cli.main import main
+
+    sys.argv = ["vmnet", *args]
+    try:
+        main()
+    except SystemExit as end:
+        sys.stdout.flush()
+        return int(end.code or 0)
+    return 0
+
+
+def _fork(run: Any) -> int:
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            code = run()
+        except BaseException:  # noqa: BLE001 -- as the interpreter does at the end of a program
+            sys.excepthook(*sys.exc_info())
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return pid
+
+
+def _wait(pid: int) -> int:
+    _, status = os.waitpid(pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else _KILLED - code
+
+
+if __name__ == "__main__":
+    _serve(socket.socket(fileno=int(sys.argv[1])))
