@@ -19,7 +19,7 @@ from netaddr import IPAddress, IPNetwork
 from vmnet import rules
 from vmnet.found import forget_found, load_found, save_found
 from vmnet.hostsfile import HostsFile, HostsFileUnwritable
-from vmnet.ipam import blocks_touching, holds
+from vmnet.ipam import Pool, blocks_touching, holds
 from vmnet.locks import Locks
 from vmnet.model import (
     LOOPBACK,
@@ -634,7 +634,8 @@ class Engine:
         pool = self.settings.pool
         kept = kept_local(pool.networks, pool.reserved, spans["local"])
         # A guest keeps its address, also where the settings have taken it out of the pool since.
-        displaced = [block.network for _, block in store.wished_up() if not holds(pool.extents, block.number)]
+        guests = store.wished_up() if pool != Pool() else []
+        displaced = [block.network for _, block in guests if not holds(pool.extents, block.number)]
         return HostWish(
             plane=self.settings.plane,
             kept=tuple(without(kept, [*spans["foreign"], *displaced])),
