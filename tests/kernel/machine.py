@@ -32,6 +32,7 @@ _IP_PKTINFO, _IP_MTU_DISCOVER, _IP_RECVERR, _IP_MTU = 8, 10, 11, 14  # linux/in.
 _IP_PMTUDISC_DO = 2
 _ICMP_ECHO, _ICMP_ECHOREPLY, _ICMP_TIME_EXCEEDED = 8, 0, 11
 _TUNSETIFF = 0x400454CA
+_SIOCGIFFLAGS, _IFF_RUNNING = 0x8913, 0x40
 _IFF_TUN, _IFF_TAP, _IFF_NO_PI = 1, 2, 0x1000
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -281,6 +282,16 @@ class Machine:
         """Return the names of the machine's devices."""
         with self.entered():
             return {name for _, name in socket.if_nameindex()}
+
+    def await_link(self, device: str) -> None:
+        """Wait until a device sends: after its carrier comes the kernel may take a second to give it its queue."""
+        probe = self.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        request = struct.pack("16s16x", device.encode())
+
+        def running() -> bool:
+            return bool(struct.unpack_from("H", fcntl.ioctl(probe, _SIOCGIFFLAGS, request), 16)[0] & _IFF_RUNNING)
+
+        assert wait_until(running), f"{self.name}: {device} has no carrier"
 
     def mac(self, device: str) -> str:
         """Return the hardware address of a device."""

@@ -203,6 +203,8 @@ class Laptop(Machine):
         outside, inside = self.open_device(info["device"], info["kind"]), guest.open_device("eth0", info["kind"])
         self.lab.wire_up(outside, inside)
         guest.configure()
+        for machine, device in ((self, guest.host_device), (guest, guest.device)):
+            machine.await_link(device)
         return guest
 
     def rp_filter(self, value: int) -> None:
