@@ -231,6 +231,13 @@ class Engine:
                 raise
             return store.leases(names), []
 
+    def create_and_look(self, specs: Sequence[GuestSpec]) -> list[Seen]:
+        """Make guests as `create` does and say how they are: those to be up were seen to be, or it raises."""
+        leases, _ = self.create(specs)
+        others = [lease.name for lease in leases if lease.wish != "up"]
+        seen = {one.lease.name: one for one in self.look(others)} if others else {}
+        return [seen.get(lease.name) or Seen(lease, "up") for lease in leases]
+
     def _create_or_undo(self, store: Store, names: Sequence[str], new: Sequence[str]) -> None:
         with self._locks.guests(lease.block.number for lease in store.leases(names)):
             problems: list[Exception] = []

@@ -109,11 +109,9 @@ def create(
         for name in names
     ]
     with _engine(verbose=verbose) as engine:
-        leases, ops = engine.create(specs, dry_run=dry_run)
         if dry_run:
-            _say_plan(ops, json_=json_, verbose=verbose)
-        seen = {one.lease.name: one for one in engine.look(names)}
-        _say_guests(engine, [seen[lease.name] for lease in leases], json_=json_, created=True)
+            _say_plan(engine.create(specs, dry_run=True)[1], json_=json_, verbose=verbose)
+        _say_guests(engine, engine.create_and_look(specs), json_=json_, created=True)
 
 
 @app.command()

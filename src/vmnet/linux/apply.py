@@ -160,7 +160,7 @@ class _Run:
                         doomed.append((number, op))
                         ops.popleft()
                     break
-                if sending and isinstance(op, SetLink) and op.up:
+                if sending and isinstance(op, SetLink) and op.up and op.place == HOST:
                     break  # only when its filters are known to stand
                 batches.setdefault(op.place if not isinstance(op, _HostOnly) else HOST, []).append((number, op))
                 ops.popleft()

@@ -3,6 +3,7 @@
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from vmnet.linux import wire
@@ -10,6 +11,7 @@ from vmnet.linux.netlink import (
     RTM_GETADDR,
     RTM_GETLINK,
     RTM_GETNEIGH,
+    RTM_GETNSID,
     RTM_GETROUTE,
     RTM_GETTFILTER,
     Message,
@@ -138,8 +140,8 @@ def _look_inside(places: Places, lease: Lease) -> tuple[str, Inside | None]:
 
 def observe_inside(netlink: Netlink) -> Inside:
     """Return what a guest's namespace shows."""
-    link = link_by_name(netlink, PEER_NAME)
-    lo = link_by_name(netlink, "lo")
+    links = _links_by_name(netlink, (PEER_NAME, "lo"))
+    link, lo = links.get(PEER_NAME), links.get("lo")
     index = link.index if link else -1
     names = {_LO: "lo", index: PEER_NAME}
     addresses: dict[int, list[LoAddress]] = defaultdict(list)
@@ -149,6 +151,8 @@ def observe_inside(netlink: Netlink) -> Inside:
     ours: dict[int, set[Route]] = defaultdict(set)
     has_default = False
     for body in netlink.dump(RTM_GETROUTE, wire.route_query()):
+        if not wire.is_ours_or_default(body):
+            continue
         protocol, on, route = wire.parse_route(body, names)
         has_default |= route.destination == DEFAULT_ROUTE and route.table == TABLE_MAIN and route.type == "unicast"
         if protocol == ROUTE_PROTOCOL:
@@ -191,13 +195,13 @@ def sysctl(key: str) -> int:
 
 
 def forwarding_by_device() -> dict[str, int]:
-    """Return net.ipv4.conf.*.forwarding of each device, `all` and `default` left out."""
-    conf = Path("/proc/sys/net/ipv4/conf")
-    return {
-        device.name: int((device / "forwarding").read_text())
-        for device in conf.iterdir()
-        if device.name not in ("all", "default")
-    }
+    """Return net.ipv4.conf.*.forwarding of each device and of `default`; `all` is ip_forward by another name."""
+    found = {}
+    for device in Path("/proc/sys/net/ipv4/conf").iterdir():
+        with suppress(FileNotFoundError):  # gone meanwhile
+            found[device.name] = int((device / "forwarding").read_text())
+    found.pop("all", None)
+    return found
 
 
 def orphan_links(netlink: Netlink, known: Iterable[str]) -> list[Link]:
@@ -208,6 +212,44 @@ def orphan_links(netlink: Netlink, known: Iterable[str]) -> list[Link]:
         for link in all_links(netlink)
         if link.alias.startswith(ALIAS_PREFIX) and link.alias.removeprefix(ALIAS_PREFIX) not in names
     ]
+
+
+def orphan_insides(places: Places, links: Sequence[Link]) -> list[tuple[str, Inside]]:
+    """Return where the far ends of `links` are, and what their namespaces show, those that vmnet made left out.
+
+    Without records nothing but the kernel's own number for a namespace leads from a device to its far end.
+    """
+    bodies = places.host.get_each([Message(RTM_GETLINK, 0, wire.link_query(index=link.index)) for link in links])
+    wanted = {wire.parse_far_netns(body) for body in bodies if body} - {None}
+    found = []
+    for path in _netns_paths() if wanted else ():
+        try:
+            with open(path, "rb") as handle:
+                answer = places.host.get(Message(RTM_GETNSID, 0, wire.netns_query(handle.fileno())))
+            number = wire.parse_netns(answer) if answer else None
+            if number not in wanted:
+                continue
+            wanted.discard(number)
+            inside = observe_inside(places.open(path, identify(path)))
+        except OSError:
+            continue
+        if not inside.lo_alias.startswith(ALIAS_PREFIX):
+            found.append((path, inside))
+    return found
+
+
+def _netns_paths() -> list[str]:
+    """Return a way to each network namespace that has a name or a process."""
+    paths = [
+        str(path) for folder, each in ((NAMED, "*"), (Path("/proc"), "[0-9]*/ns/net")) for path in folder.glob(each)
+    ]
+    ways: dict[NetnsId, str] = {}
+    for path in paths:
+        with suppress(OSError):
+            identity = identify(path)
+            if identity:
+                ways.setdefault(identity, path)
+    return list(ways.values())
 
 
 def orphan_netns(places: Places, known: Iterable[str]) -> list[str]:

@@ -9,6 +9,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -56,6 +57,7 @@ def umount(target: str) -> None:
     _call("umount2", target.encode(), _MNT_DETACH)
 
 
+@cache
 def boot_id() -> str:
     """Return the kernel's name for this boot (random(4))."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -220,7 +222,8 @@ def _share_named() -> None:
     """Make /run/netns what ip-netns(8) makes of it: mounts in it show in all mount namespaces that share it."""
     NAMED.mkdir(mode=0o755, parents=True, exist_ok=True)
     try:
-        mount("", str(NAMED), None, _MS_SHARED | _MS_REC)
+        # Not recursively: what is mounted in a shared mount is shared anyhow, and may be a thousand namespaces.
+        mount("", str(NAMED), None, _MS_SHARED)
     except OSError:
         mount(str(NAMED), str(NAMED), None, _MS_BIND | _MS_REC)
         mount("", str(NAMED), None, _MS_SHARED | _MS_REC)

@@ -26,6 +26,8 @@ IFLA_NUM_TX_QUEUES, IFLA_NUM_RX_QUEUES = 31, 32
 _IFLA_INFO_KIND, _IFLA_INFO_DATA, _VETH_INFO_PEER = 1, 2, 1
 _IFLA_INET_CONF, _IFLA_INET6_CONF = 1, 2
 _SKIP_STATISTICS = 8
+_IFLA_LINK_NETNSID = 37
+_NETNSA_NSID, _NETNSA_FD = 1, 3  # include/uapi/linux/net_namespace.h
 _TUN_OWNER, _TUN_TYPE, _TUN_PERSIST, _TUN_MULTI_QUEUE = 1, 3, 6, 7
 _NOBODY = 0xFFFFFFFF
 
@@ -110,6 +112,22 @@ def parse_link(body: bytes) -> Link:
         multi_queue=multi_queue,
         persist=persist,
     )
+
+
+def parse_far_netns(body: bytes) -> int | None:
+    """Return the number of the namespace in which the far end of a device is, None for one that is here."""
+    number = parse_attrs(body, 16).get(_IFLA_LINK_NETNSID)
+    return int.from_bytes(number, "little", signed=True) if number else None
+
+
+def netns_query(handle: int) -> bytes:
+    """Return the body of RTM_GETNSID for the namespace behind a descriptor."""
+    return bytes(4) + u32(_NETNSA_FD, handle)
+
+
+def parse_netns(body: bytes) -> int:
+    """Return the number of a namespace that RTM_NEWNSID tells, -1 where it has none."""
+    return int.from_bytes(parse_attrs(body, 4)[_NETNSA_NSID], "little", signed=True)
 
 
 def _word(data: bytes, position: int) -> int:
@@ -211,6 +229,12 @@ def route_query(protocol: int = 0, kind: int = 0, index: int = 0) -> bytes:
     """Return the body of a dump of IPv4 routes: of one protocol, type and device, where given."""
     body = _ROUTE.pack(socket.AF_INET, 0, 0, 0, 0, protocol, 0, kind, 0)
     return body + u32(_RTA_OIF, index) if index else body
+
+
+def is_ours_or_default(body: bytes) -> bool:
+    """Say whether a route is of our protocol or leads everywhere, by its header alone."""
+    _, length, _, _, _, protocol, _, _, _ = _ROUTE.unpack_from(body)
+    return bool(protocol == ROUTE_PROTOCOL or length == 0)
 
 
 def parse_route(body: bytes, names: dict[int, str]) -> tuple[int, int, Route]:
