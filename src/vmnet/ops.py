@@ -260,8 +260,7 @@ class PersistTun(NamedTuple):
         return f"~ {self.kind} {self.device} persistent, of uid {self.owner}"
 
     def command(self) -> str:
-        many = " multi_queue" if self.queues > 1 else ""
-        return f"ip tuntap add {self.device} mode {self.kind} user {self.owner}{many}  # again: persistent"
+        return f":  # ip tuntap add has made {self.device} persistent already, of uid {self.owner}"
 
 
 class DelLink(NamedTuple):
