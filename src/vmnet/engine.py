@@ -8,7 +8,7 @@ import errno
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path, PurePath
@@ -48,6 +48,7 @@ from vmnet.plan import (
     Use,
     desire,
     dotted,
+    guess_found,
     kept_local,
     plan_guest,
     plan_host,
@@ -200,36 +201,56 @@ class Engine:
             if times > 1:
                 raise UsageError(f"{name} is named twice")
         with self._writing(dry_run) as store:
-            new, rebound = self._sort(store, specs, dry_run=dry_run)
-            requests = [self._request(spec) for spec in new]
-            now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-            preview: list[Lease] = []
-            if dry_run or load_found(self.paths.run, self._here) is None:
-                # What cannot be recorded is refused before the host is carved.
-                preview = store.preview(requests, pool=self.settings.pool, created=now)
             if dry_run:
-                old = [lease for lease in store.leases() if lease.name in set(names)]
-                ops = self._plan_host_up(store)
-                problems: dict[str, VmnetError] = {}
-                ops += self._plan_up([*old, *preview], problems)
-                self._raise_first(problems)
-                ops += self._plan_names([*store.leases(), *preview])
-                return [*old, *preview], ops
-            for name, netns in rebound.items():
-                store.set_netns({name: netns})
-            carved = self._ensure_host(store)
-            try:
-                with self._locks.host(shared=True):
-                    store.allocate(requests, pool=self.settings.pool, created=now)
-                    self._create_or_undo(store, names, [spec.name for spec in new])
-                    self._write_names(store)
-            except (VmnetError, OSError):
-                if carved:
-                    with self._locks.host(shared=False):
-                        if not store.count():
-                            self._undo_carve(store)
-                raise
-            return store.leases(names), []
+                return self._preview_create(store, specs, names)
+            for _ in range(_ATTEMPTS):
+                try:
+                    leases = self._create(store, specs, names)
+                except NoSuchGuest:
+                    continue  # deleted meanwhile
+                if leases is not None:
+                    return leases, []
+        raise Conflict(f"others make and delete {', '.join(names)} all the time", hint="try again")
+
+    def _preview_create(
+        self, store: Store, specs: Sequence[GuestSpec], names: Sequence[str]
+    ) -> tuple[list[Lease], list[Op]]:
+        new, _ = self._sort(store, specs, dry_run=True)
+        preview = store.preview([self._request(spec) for spec in new], pool=self.settings.pool, created=_now())
+        old = [lease for lease in store.leases() if lease.name in set(names)]
+        problems: dict[str, VmnetError] = {}
+        ops = self._plan_host_up(store) + self._plan_up([*old, *preview], problems)
+        self._raise_first(problems)
+        return [*old, *preview], ops + self._plan_names([*store.leases(), *preview])
+
+    def _create(self, store: Store, specs: Sequence[GuestSpec], names: Sequence[str]) -> list[Lease] | None:
+        """Make guests and return their leases, or None where another process was first: then all is to be looked at anew.
+
+        Raises NoSuchGuest where another one deletes them.
+        """
+        new, rebound = self._sort(store, specs, dry_run=False)
+        requests = [self._request(spec) for spec in new]
+        now = _now()
+        if load_found(self.paths.run, self._here) is None:
+            # What cannot be recorded is refused before the host is carved.
+            self._unless_made(store, new, lambda: store.preview(requests, pool=self.settings.pool, created=now))
+        for name, netns in rebound.items():
+            store.set_netns({name: netns})
+        carved = self._ensure_host(store)
+        try:
+            with self._locks.host(shared=True):
+                if not self._is_host_wished_up(store):
+                    return None  # restored meanwhile
+                store.allocate(requests, pool=self.settings.pool, created=now)
+                self._create_or_undo(store, names, [spec.name for spec in new])
+                self._write_names(store)
+        except (VmnetError, OSError):
+            if carved:
+                with self._locks.host(shared=False):
+                    if not store.count():
+                        self._undo_carve(store)
+            raise
+        return store.leases(names)
 
     def create_and_look(self, specs: Sequence[GuestSpec]) -> list[Seen]:
         """Make guests as `create` does and say how they are: those to be up were seen to be, or it raises."""
@@ -524,12 +545,13 @@ class Engine:
         try:
             store = stack.enter_context(self._writing(dry_run))
             return store, store.leases(), None
-        except RecordsUnreadable as error:
-            self.report.warn(f"{error.message}; all that bears the marks of vmnet is taken away")
-            return None, [], error
-        except KernelRefused as error:
-            with self._reading() as store:
-                return None, store.leases(), self._go_on_without(error)
+        except (RecordsUnreadable, KernelRefused) as error:
+            unreadable = error
+        if isinstance(unreadable, KernelRefused):
+            with suppress(RecordsUnreadable, KernelRefused), self._reading() as store:
+                return None, store.leases(), self._go_on_without(unreadable)
+        self.report.warn(f"{unreadable.message}; all that bears the marks of vmnet is taken away")
+        return None, [], unreadable
 
     def _go_on_without(self, error: VmnetError) -> VmnetError:
         self.report.warn(f"{error.message}; the host is put back, and the records stay as they are")
@@ -544,7 +566,10 @@ class Engine:
             self.report.warn(error.message)
 
     def _remove_host_part(self) -> None:
-        found = load_found(self.paths.run, self._here)
+        found, noted = self._find_found()
+        if found and not noted:
+            self._say_guessed(found)
+            save_found(self.paths.run, self._here, found)
         self._apply_host(self._plan_host_down())
         left = self._plan_host_down()
         if left:
@@ -557,10 +582,30 @@ class Engine:
         forget_found(self.paths.run)
 
     def _plan_host_down(self) -> list[Op]:
-        found = load_found(self.paths.run, self._here)
+        found, _ = self._find_found()
         view = self.platform.observe_host()
-        asks = bool(found and not found.ip_forward and view.ip_forward)
-        return plan_host_removal(view, found, others_forward=asks and self.platform.forwards_for_others())
+        asks = bool(found and not found.ip_forward)
+        return plan_host_removal(
+            view,
+            found,
+            others_forward=asks and bool(view.ip_forward) and self.platform.forwards_for_others(),
+            now=self.platform.look_around() if asks else None,
+        )
+
+    def _find_found(self) -> tuple[Found | None, bool]:
+        """Return how the host was at the first carve, guessed where the note of it is lost, and whether it is noted."""
+        found = load_found(self.paths.run, self._here)
+        if found:
+            return found, True
+        view = self.platform.observe_host()
+        return guess_found(view, guarded=bool(view.listing and rules.GUARDED in view.listing)), False
+
+    def _say_guessed(self, found: Found) -> None:
+        forwarding = "goes back to 0" if not found.ip_forward else "stays as it is"
+        self.report.warn(
+            f"the note of how the host was at the first carve is lost: with restore lo has 127.0.0.1/8 again, "
+            f"net.ipv4.ip_forward {forwarding}, and the order of lo's addresses and other sysctls may differ"
+        )
 
     def _ensure_host(self, store: Store) -> bool:
         """Make the host part as it is to be; say whether it was not there at all. Others wait meanwhile."""
@@ -607,7 +652,7 @@ class Engine:
         return plan_host(self._host_wish(store, reservations, found), self.platform.observe_host())
 
     def _look_around(self, store: Store) -> tuple[Found, list[Reservation]]:
-        """Return how the host is, and what of the pool others use; raises Conflict where that cannot be."""
+        """Return how the host was found, and what of the pool others use; raises Conflict where that cannot be."""
         shadow = IPNetwork(f"{self.settings.plane.shadow}.0.0.0/8")
         uses = self.platform.find_uses(shadow, self.paths.hosts)
         clashes = [str(use) for use in uses if use.network not in LOOPBACK or POOL_SPAN in use.network]
@@ -626,7 +671,10 @@ class Engine:
         ]
         for line in _shortened([f"{use}; it stays so, and out of the pool" for use in uses]):
             self.report.warn(line)
-        return self.platform.look_around(), reservations
+        guessed, _ = self._find_found()
+        if guessed:
+            self._say_guessed(guessed)
+        return guessed or self.platform.look_around(), reservations
 
     def _host_wish(self, store: Store, reservations: Sequence[Reservation], found: Found | None) -> HostWish:
         found = found or load_found(self.paths.run, self._here)

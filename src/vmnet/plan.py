@@ -453,16 +453,16 @@ def plan_removal(desired: Guest, observed: GuestView, *, keep_netns: bool = Fals
             if not keep_netns:
                 ops.append(DelNetns(place))
         elif observed.inside:
-            ops += [DelRoute(place, route, _LO_INDEX) for route in sorted(observed.inside.lo_routes)]
-            ops += _plan_lo_down(place, observed.inside)
+            ops += plan_left(place, observed.inside)
     return ops
 
 
-def _plan_lo_down(place: str, inside: Inside) -> list[Op]:
-    """Return the ops that take down again the lo that vmnet set up in a namespace that is not its own."""
+def plan_left(place: str, inside: Inside) -> list[Op]:
+    """Return the ops after which nothing of a guest is left on lo in a namespace that is not vmnet's own."""
+    ops: list[Op] = [DelRoute(place, route, _LO_INDEX) for route in sorted(inside.lo_routes)]
     if inside.lo_alias not in _LO_WAS.values():
-        return []
-    ops: list[Op] = [SetLink(place, "lo", _LO_INDEX, up=False)]
+        return ops
+    ops.append(SetLink(place, "lo", _LO_INDEX, up=False))
     # Going down takes routes that an address has while its device was never up: only a new address has them.
     ops += [_take_off(place, one) for one in inside.lo]
     had_wide = inside.lo_alias == _LO_WAS[True]
@@ -476,7 +476,7 @@ def _plan_lo_down(place: str, inside: Inside) -> list[Op]:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """How the host was at the first carve of this boot; `forwarding` is that of each device by name."""
+    """How the host was at the first carve of this boot; `forwarding` is that of each device, and `default`, by name."""
 
     lo: tuple[LoAddress, ...]
     ip_forward: int
@@ -627,23 +627,49 @@ def _take_off(place: str, address: LoAddress) -> DelAddress:
     return DelAddress(place, "lo", _LO_INDEX, Address(address.value, address.scope))
 
 
-def plan_host_removal(observed: HostView, found: Found | None, *, others_forward: bool) -> list[Op]:
-    """Return the ops that put the host back as it was found: rules, lo, our routes, forwarding."""
+def guess_found(observed: HostView, *, guarded: bool) -> Found | None:
+    """Return how a host may have been found that bears our routes and of which nothing is noted, else None.
+
+    Like most: with a 127.0.0.1/8 that came first. It did not forward if our rules guarded it (`guarded`).
+    """
+    if not observed.routes:
+        return None
+    lo = [one for one in observed.lo if one.value != _LO_CARVED]
+    carved = next((one for one in observed.lo if one.value == _LO_CARVED), None)
+    if carved and _LO_WIDE not in [one.value for one in lo]:
+        lo.insert(0, replace(carved, value=_LO_WIDE))
+    return Found(tuple(lo), 0 if guarded else observed.ip_forward, 1, {})
+
+
+def plan_host_removal(
+    observed: HostView, found: Found | None, *, others_forward: bool, now: Found | None = None
+) -> list[Op]:
+    """Return the ops that put the host back as it was found: rules, lo, our routes, forwarding.
+
+    `now` is how forwarding is at present, where that is known: a run that was killed may have put back half of it.
+    """
     ops: list[Op] = []
     if observed.listing is not None:
         ops.append(DelRules())
     if found or observed.routes:
         ops += plan_restored_lo(HOST, observed.lo, found.lo if found else None)
     ops += [DelRoute(HOST, route, _index(route)) for route in sorted(observed.routes, key=_fence_first)]
-    if found and not found.ip_forward and observed.ip_forward and not others_forward:
-        ops.append(SetSysctl("net/ipv4/ip_forward", 0))
-        ops.append(SetSysctl("net/ipv4/conf/all/accept_redirects", found.accept_redirects))
-        ops += [
-            SetSysctl(f"net/ipv4/conf/{name}/forwarding", value)
-            for name, value in sorted(found.forwarding.items())
-            if value
-        ]
+    if found and not found.ip_forward and not others_forward and (observed.ip_forward or now):
+        ops += _plan_forwarding_off(found, None if observed.ip_forward else now)
     return ops
+
+
+def _plan_forwarding_off(found: Found, now: Found | None) -> list[Op]:
+    """Return the ops that take forwarding back; with `now` it is off already, and only what differs is put right."""
+    # The kernel sets all of the others together with ip_forward (inet_forward_change, net/ipv4/devinet.c).
+    ops: list[Op] = [] if now else [SetSysctl("net/ipv4/ip_forward", 0)]
+    if now is None or now.accept_redirects != found.accept_redirects:
+        ops.append(SetSysctl("net/ipv4/conf/all/accept_redirects", found.accept_redirects))
+    return ops + [
+        SetSysctl(f"net/ipv4/conf/{name}/forwarding", value)
+        for name, value in sorted(found.forwarding.items())
+        if value and (now is None or now.forwarding.get(name) == 0)
+    ]
 
 
 def _fence_first(route: Route) -> tuple[bool, str]:

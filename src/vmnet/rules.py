@@ -7,7 +7,11 @@ from vmnet.plan import Plane
 
 # The host did not forward before vmnet: a new connection that passes through it and that nobody translates is a
 # neighbour who uses it as a router. Whoever wants forwarding (Docker, libvirt, a VPN) translates addresses.
-_GUARD = "\t\tmeta iif != 0 ct state new ct status & (snat | dnat) == 0 meta iifgroup != { $mapped, $native } drop\n"
+GUARDED = "not forwarded before vmnet"
+_GUARD = (
+    "\t\tmeta iif != 0 ct state new ct status & (snat | dnat) == 0 meta iifgroup != { $mapped, $native } "
+    f'drop comment "{GUARDED}"\n'
+)
 
 
 def render(plane: Plane, *, guard: bool) -> str:

@@ -240,15 +240,12 @@ def orphan_insides(places: Places, links: Sequence[Link]) -> list[tuple[str, Ins
 
 def _netns_paths() -> list[str]:
     """Return a way to each network namespace that has a name or a process."""
-    paths = [
-        str(path) for folder, each in ((NAMED, "*"), (Path("/proc"), "[0-9]*/ns/net")) for path in folder.glob(each)
-    ]
     ways: dict[NetnsId, str] = {}
-    for path in paths:
+    for path in [*NAMED.glob("*"), *Path("/proc").glob("[0-9]*/ns/net")]:
         with suppress(OSError):
-            identity = identify(path)
+            identity = identify(str(path))
             if identity:
-                ways.setdefault(identity, path)
+                ways.setdefault(identity, str(path))
     return list(ways.values())
 
 

@@ -14,7 +14,7 @@ from vmnet.linux.apply import Refusal, apply
 from vmnet.linux.places import NAMED, Places, boot_id, identify, owned_from_here
 from vmnet.model import Lease, NetnsId, NotPermitted
 from vmnet.ops import DelLink, DelNetns, Op, WriteNames
-from vmnet.plan import HOST, Found, GuestView, HostView, Use
+from vmnet.plan import HOST, Found, GuestView, HostView, Use, plan_left
 
 _CAP_NET_ADMIN, _CAP_SYS_ADMIN = 12, 21
 
@@ -91,10 +91,11 @@ class LinuxPlatform:
 
     def orphans(self, names: Sequence[str]) -> list[Op]:
         """Return the ops that take away what bears our marks for a guest that is not among `names`."""
-        links: list[Op] = [
-            DelLink(HOST, link.name, link.index) for link in observe.orphan_links(self._places.host, names)
-        ]
-        return links + [DelNetns(path) for path in observe.orphan_netns(self._places, names)]
+        links = observe.orphan_links(self._places.host, names)
+        veths = [link for link in links if link.kind == "veth"]
+        ops = [op for path, inside in observe.orphan_insides(self._places, veths) for op in plan_left(path, inside)]
+        ops += [DelLink(HOST, link.name, link.index) for link in links]
+        return ops + [DelNetns(path) for path in observe.orphan_netns(self._places, names)]
 
     def apply(
         self, lists: Sequence[Sequence[Op]], write_names: Callable[[WriteNames], None], done: Callable[[Op], None]
