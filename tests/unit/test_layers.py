@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "found": {"model", "ops", "plan"},
     "locks": {"model"},
     "linux": {"filters", "linux", "model", "ops", "plan", "hostsfile"},
-    "engine": {"found", "hostsfile", "locks", "model", "ops", "plan", "rules", "settings", "store"},
+    "engine": {"found", "hostsfile", "ipam", "locks", "model", "ops", "plan", "rules", "settings", "store"},
     "cli": {"", "cli", "engine", "linux", "model", "ops", "plan", "settings"},
     "__main__": {"cli"},
 }
