@@ -7,8 +7,8 @@ finish. Commands differ in what they desire and in how far they walk: a dry run 
 import errno
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path, PurePath
@@ -33,6 +33,8 @@ from vmnet.model import (
     Mode,
     Netns,
     NetnsId,
+    NoSuchGuest,
+    PoolExhausted,
     State,
     UsageError,
     VmnetError,
@@ -134,6 +136,10 @@ class Seen:
     state: State
 
 
+class _Overtaken(Exception):
+    """Another process made one of the guests, or restored the host, before this one came to it."""
+
+
 @dataclass
 class Engine:
     """The loop. `caller` is the uid that owns new guests by default."""
@@ -204,12 +210,8 @@ class Engine:
             if dry_run:
                 return self._preview_create(store, specs, names)
             for _ in range(_ATTEMPTS):
-                try:
-                    leases = self._create(store, specs, names)
-                except NoSuchGuest:
-                    continue  # deleted meanwhile
-                if leases is not None:
-                    return leases, []
+                with suppress(_Overtaken, NoSuchGuest):
+                    return self._create(store, specs, names), []
         raise Conflict(f"others make and delete {', '.join(names)} all the time", hint="try again")
 
     def _preview_create(
@@ -223,25 +225,24 @@ class Engine:
         self._raise_first(problems)
         return [*old, *preview], ops + self._plan_names([*store.leases(), *preview])
 
-    def _create(self, store: Store, specs: Sequence[GuestSpec], names: Sequence[str]) -> list[Lease] | None:
-        """Make guests and return their leases, or None where another process was first: then all is to be looked at anew.
-
-        Raises NoSuchGuest where another one deletes them.
-        """
+    def _create(self, store: Store, specs: Sequence[GuestSpec], names: Sequence[str]) -> list[Lease]:
+        """Make guests; raises _Overtaken, or NoSuchGuest for one deleted meanwhile, where it is to be begun anew."""
         new, rebound = self._sort(store, specs, dry_run=False)
         requests = [self._request(spec) for spec in new]
         now = _now()
         if load_found(self.paths.run, self._here) is None:
             # What cannot be recorded is refused before the host is carved.
-            self._unless_made(store, new, lambda: store.preview(requests, pool=self.settings.pool, created=now))
+            with _unless_overtaken(store, new):
+                store.preview(requests, pool=self.settings.pool, created=now)
         for name, netns in rebound.items():
             store.set_netns({name: netns})
         carved = self._ensure_host(store)
         try:
             with self._locks.host(shared=True):
                 if not self._is_host_wished_up(store):
-                    return None  # restored meanwhile
-                store.allocate(requests, pool=self.settings.pool, created=now)
+                    raise _Overtaken
+                with _unless_overtaken(store, new):
+                    store.allocate(requests, pool=self.settings.pool, created=now)
                 self._create_or_undo(store, names, [spec.name for spec in new])
                 self._write_names(store)
         except (VmnetError, OSError):
@@ -402,7 +403,7 @@ class Engine:
                 gone = {lease.name for lease in leases}
                 ops = self._plan_down(leases, keep_netns=False)
                 return sorted(gone), ops + self._plan_names([one for one in store.leases() if one.name not in gone])
-            store.set_wish([lease.name for lease in leases], "deleting")
+            store.set_wish([lease.name for lease in leases], "deleting", gone_ok=True)
             with self._locks.host(shared=True):
                 self._finish_deletion(store, leases)
                 self._write_names(store)
@@ -439,7 +440,7 @@ class Engine:
                 for name, problem in problems.items():
                     self.report.warn(f"{name}: {problem.message}")
                 return ops
-            store.set_wish([lease.name for lease in leases if lease.wish == "down"], "up")
+            store.set_wish([lease.name for lease in leases if lease.wish == "down"], "up", gone_ok=True)
             self._ensure_host(store)
             self.converge(store, names)
             return []
@@ -478,7 +479,7 @@ class Engine:
             if dry_run:
                 rest = [replace(lease, wish="down") if lease in leases else lease for lease in store.leases()]
                 return self._plan_down(leases, keep_netns=True) + self._plan_names(rest)
-            store.set_wish([lease.name for lease in leases if lease.wish == "up"], "down")
+            store.set_wish([lease.name for lease in leases if lease.wish == "up"], "down", gone_ok=True)
             self.converge(store, names)
             return []
 
@@ -522,7 +523,7 @@ class Engine:
             with self._locks.host(shared=False), self._locks.guests(None):
                 if store:
                     try:
-                        store.set_wish([lease.name for lease in leases if lease.wish == "up"], "down")
+                        store.set_wish([one.name for one in leases if one.wish == "up"], "down", gone_ok=True)
                         store.set_host(HostRecord("down", self._here.boot_id, self._here.device, self._here.inode))
                     except KernelRefused as error:
                         store, unwritten = None, self._go_on_without(error)
@@ -864,6 +865,21 @@ class Engine:
                     hint="run vmnet there, or set VMNET_STATE_DIR and VMNET_RUN_DIR to folders for this one",
                 )
         return store
+
+
+@contextmanager
+def _unless_overtaken(store: Store, new: Sequence[GuestSpec]) -> Iterator[None]:
+    """Raise _Overtaken in place of a refusal where another process has made one of `new` meanwhile."""
+    try:
+        yield
+    except (Conflict, PoolExhausted) as error:
+        if any(store.lease(spec.name) for spec in new):
+            raise _Overtaken from error
+        raise
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _chunks(leases: Sequence[Lease], size: int = _CHUNK) -> Iterable[Sequence[Lease]]:

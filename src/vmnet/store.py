@@ -193,11 +193,12 @@ class Store:
         with self._reading() as db, closing(_copy_to_memory(db)) as copy:
             return _allocate(copy, requests, pool, created)
 
-    def set_wish(self, names: Sequence[str], wish: Wish) -> None:
-        """Record `wish` for all of `names`, or raise `NoSuchGuest` naming the first without a lease."""
+    def set_wish(self, names: Sequence[str], wish: Wish, *, gone_ok: bool = False) -> None:
+        """Record `wish` for all of `names`; a name without a lease raises `NoSuchGuest`, or is passed over."""
         with self._writing() as db:
             for name in names:
-                if not db.execute("UPDATE lease SET wish = ? WHERE name = ?", (wish, name)).rowcount:
+                found = db.execute("UPDATE lease SET wish = ? WHERE name = ?", (wish, name)).rowcount
+                if not found and not gone_ok:
                     raise _no_such_guest(name)
 
     def set_netns(self, places: Mapping[str, Netns]) -> None:

@@ -1,0 +1,150 @@
+"""Many at once: commands of several processes meet, and none of them loses, doubles or breaks anything."""
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from tests.kernel.net import Laptop, Result, why_no_tap
+from tests.kernel.warm import Warm
+
+PATIENCE = 20.0
+CONFLICT, NO_SUCH_GUEST = 4, 3
+FORMS: list[tuple[str, ...]] = [
+    ("--kind", "veth"),
+    ("--kind", "veth", "--mapped"),
+    *([] if why_no_tap() else [("--kind", "tap"), ("--kind", "tun")]),
+]
+
+
+@pytest.fixture(scope="module")
+def warm() -> Iterator[Warm]:
+    with Warm() as made:
+        yield made
+
+
+class Crowd:
+    """Runs commands in one laptop, many at once."""
+
+    def __init__(self, warm: Warm, laptop: Laptop) -> None:
+        self.warm, self.laptop = warm, laptop
+
+    def run(self, commands: Sequence[Sequence[str]]) -> list[Result]:
+        """Run all of them at once; a traceback from any fails the test."""
+        calls = [self.warm.start(self.laptop, *command) for command in commands]
+        results = [call.wait() for call in calls]
+        for command, result in zip(commands, results, strict=True):
+            assert "Traceback" not in result.err, f"{command}: {result.err}"
+        return results
+
+    def guests(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.warm.vmnet(self.laptop, "list", "--json").json
+        return found
+
+    def converges(self) -> None:
+        """Assert that the next `up` leaves nothing to be done, and that guests answer."""
+        self.warm.vmnet(self.laptop, "up")
+        self.is_right()
+
+    def is_right(self) -> None:
+        """Assert that the kernel is as recorded, guests answer, and no two share anything."""
+        plan = self.warm.vmnet(self.laptop, "plan", check=False)
+        assert (plan.code, plan.out) == (0, "")
+        guests = self.guests()
+        assert {guest["state"] for guest in guests} <= {"up"}
+        for key in ("block", "device", "hostname"):
+            assert len({guest[key] for guest in guests}) == len(guests), key
+        ours = {link for link in self.laptop.links() if link.startswith("vmn-")}
+        assert ours == {guest["device"] for guest in guests}
+        hosts = self.laptop.hosts_file.read_text()
+        assert {line.split()[1] for line in hosts.splitlines() if "vmnet.internal" in line} == {
+            guest["hostname"] for guest in guests
+        }
+        for guest in guests:
+            if guest["kind"] == "veth":
+                assert self.laptop.ping(guest["address"], wait=PATIENCE)
+
+
+@pytest.fixture
+def crowd(warm: Warm, laptop: Laptop) -> Iterator[Crowd]:
+    """A crowd; after the test nothing of it may stay."""
+    before = laptop.snapshot()
+    made = Crowd(warm, laptop)
+    yield made
+    warm.vmnet(laptop, "delete", "--all")
+    warm.vmnet(laptop, "restore")
+    assert laptop.snapshot() == before
+
+
+def _codes(results: Sequence[Result]) -> list[int]:
+    return [result.code for result in results]
+
+
+def test_sixteen_guests_are_created_at_once(crowd: Crowd) -> None:
+    names = [f"g{number}" for number in range(16)]
+    commands = [("create", name, *FORMS[number % len(FORMS)]) for number, name in enumerate(names)]
+    assert _codes(crowd.run(commands)) == [0] * 16
+    assert sorted(guest["name"] for guest in crowd.guests()) == sorted(names)
+    crowd.is_right()
+    assert _codes(crowd.run([("delete", name) for name in names])) == [0] * 16
+    assert crowd.guests() == []
+    crowd.is_right()
+
+
+def test_one_guest_is_created_by_many_at_once(crowd: Crowd) -> None:
+    assert _codes(crowd.run([("create", "web", "--kind", "veth")] * 8)) == [0] * 8
+    assert [guest["name"] for guest in crowd.guests()] == ["web"]
+    crowd.is_right()
+    assert set(_codes(crowd.run([("delete", "web")] * 8))) <= {0, NO_SUCH_GUEST}
+    assert crowd.guests() == []
+
+
+def test_of_those_who_want_it_different_one_kind_wins(crowd: Crowd) -> None:
+    modes = ["--native", "--mapped"] * 4
+    codes = _codes(crowd.run([("create", "web", "--kind", "veth", mode) for mode in modes]))
+    [web] = crowd.guests()
+    assert codes == [0 if mode == f"--{web['mode']}" else CONFLICT for mode in modes]
+    crowd.is_right()
+
+
+@pytest.mark.parametrize("form", FORMS, ids=" ".join)
+def test_one_guest_is_created_and_deleted_again_and_again(crowd: Crowd, form: tuple[str, ...]) -> None:
+    for _ in range(6):
+        results = crowd.run([("create", "web", *form), ("delete", "web")] * 4)
+        assert set(_codes(results[::2])) <= {0}, results
+        assert set(_codes(results[1::2])) <= {0, NO_SUCH_GUEST}, results
+    crowd.converges()
+
+
+def test_up_comes_while_guests_are_created(crowd: Crowd) -> None:
+    creates = [("create", f"g{number}", *FORMS[number % len(FORMS)]) for number in range(8)]
+    assert _codes(crowd.run([*creates[:4], ("up",), ("up",), *creates[4:], ("up",), ("up",)])) == [0] * 12
+    assert len(crowd.guests()) == 8
+    crowd.is_right()
+
+
+def test_guests_go_up_and_down_at_once(crowd: Crowd) -> None:
+    names = [f"g{number}" for number in range(4)]
+    crowd.warm.vmnet(crowd.laptop, "create", *names, "--kind", "veth")
+    commands = [(verb, name) for name in names for verb in ("down", "up", "down", "up")]
+    random.Random(127).shuffle(commands)
+    assert set(_codes(crowd.run(commands))) == {0}
+    crowd.converges()
+
+
+def test_the_host_is_carved_and_restored_while_guests_come_and_go(crowd: Crowd) -> None:
+    for turn in range(3):
+        commands = [
+            ("carve",),
+            ("restore",),
+            ("create", "a", "--kind", "veth"),
+            ("up",),
+            ("restore",),
+            ("delete", "--all"),
+        ]
+        commands += [("create", f"g{turn}", *FORMS[turn % len(FORMS)]), ("down",), ("carve",), ("list",), ("plan",)]
+        results = crowd.run(commands)
+        for command, result in zip(commands, results, strict=True):
+            assert result.code in ((0, 10) if command == ("plan",) else (0,)), (command, result)
+    crowd.converges()
