@@ -1,0 +1,89 @@
+"""Taps and tuns as their users meet them: whose they are, how many queues, what stays; and indexes that are taken."""
+
+import fcntl
+import os
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.kernel.net import Laptop
+
+TUNSETIFF = 0x400454CA
+TAP, TUN, NO_PI, MULTI_QUEUE = 0x2, 0x1, 0x1000, 0x100
+OPEN = f"""
+import fcntl, os, struct, sys
+device, flags, times = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+for _ in range(times):
+    fcntl.ioctl(os.open("/dev/net/tun", os.O_RDWR), {TUNSETIFF}, struct.pack("16sH22x", device.encode(), flags))
+"""
+PERMITTED, REFUSED = "", "PermissionError"
+
+
+def opened(laptop: Laptop, device: str, flags: int, *, uid: int, times: int = 1) -> str:
+    """Open a device as a user; return the name of what it ended with, if it did not succeed."""
+    rights = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all"]
+    done = subprocess.run(
+        laptop.command(*rights, "/usr/bin/env", "python3", "-I", "-c", OPEN, device, str(flags), str(times)),
+        capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    return done.stderr.strip().rpartition("\n")[2].partition(":")[0]
+
+
+@pytest.fixture
+def anybodys(laptop: Laptop, tap: None) -> Laptop:
+    """A laptop with a /dev/net/tun that everybody may open, as udev makes it."""
+    if not Path("/usr/bin/python3").exists():
+        pytest.skip("no /usr/bin/python3 that another user could run")
+    laptop.run("sh", "-c", "mount -t tmpfs none /dev/net && mknod -m 666 /dev/net/tun c 10 200")
+    return laptop
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(("kind", "flags"), [("tap", TAP | NO_PI), ("tun", TUN | NO_PI)])
+def test_its_owner_may_open_it_and_no_other_user(anybodys: Laptop, kind: str, flags: int) -> None:
+    laptop = anybodys
+    laptop.vmnet("create", "vm", "--kind", kind, "--owner", "1234")
+    assert opened(laptop, "vmn-vm", flags, uid=1234) == PERMITTED
+    assert opened(laptop, "vmn-vm", flags, uid=4321) == REFUSED
+    laptop.vmnet("create", "mine", "--kind", kind)  # root's own, and nobody else's
+    assert opened(laptop, "vmn-mine", flags, uid=1234) == REFUSED
+
+
+@pytest.mark.root
+def test_a_tap_has_as_many_queues_as_are_asked_for(anybodys: Laptop) -> None:
+    laptop = anybodys
+    laptop.vmnet("create", "vm", "--queues", "4", "--owner", "1234")
+    laptop.vmnet("create", "one", "--owner", "1234")
+    assert opened(laptop, "vmn-vm", TAP | NO_PI | MULTI_QUEUE, uid=1234, times=4) == PERMITTED
+    assert opened(laptop, "vmn-one", TAP | NO_PI | MULTI_QUEUE, uid=1234) == "OSError"
+    assert laptop.vmnet("plan").out == ""
+
+
+def test_a_tap_outlives_its_users(laptop: Laptop, tap: None) -> None:
+    laptop.vmnet("create", "vm")
+    for _ in range(2):
+        with laptop.entered():
+            handle = os.open("/dev/net/tun", os.O_RDWR)
+            fcntl.ioctl(handle, TUNSETIFF, struct.pack("16sH22x", b"vmn-vm", TAP | NO_PI))
+            os.close(handle)
+    assert laptop.vmnet("plan").out == ""
+
+
+@pytest.mark.parametrize("kind", ["veth", "tap", "tun"])
+def test_an_index_that_is_taken_is_left_to_its_holder(laptop: Laptop, kind: str, tap: None) -> None:
+    """The first block's devices would be 100000 and 100001."""
+    laptop.ip("link add other index 100000 type bridge")
+    before = laptop.run("ip", "-d", "link", "show", "other")
+    laptop.vmnet("create", "vm", "--kind", kind)
+    assert laptop.vmnet("plan").out == ""
+    assert laptop.run("ip", "-d", "link", "show", "other") == before
+
+
+def test_a_guests_own_index_may_be_taken_too(laptop: Laptop) -> None:
+    laptop.run("ip", "netns", "add", "there")
+    laptop.run("ip", "-n", "there", "link", "add", "other", "index", "100001", "type", "bridge")
+    laptop.vmnet("create", "vm", "--netns", "there")
+    assert laptop.vmnet("plan").out == ""
+    assert "other" in laptop.run("ip", "-n", "there", "link")
