@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from tests.kernel.net import FORMS, Laptop, why_no_tap
 from tests.kernel.warm import Warm
 
+SIGKILLED = 137
 NATIVE, MAPPED = "--native", "--mapped"
 _NETNS_ID = re.compile(r" \(id: \d+\)")
 MASQUERADE = "table ip others { chain post { type nat hook postrouting priority 100; oifname wlan0 masquerade; }; }"
@@ -283,3 +285,29 @@ def test_rules_that_translate_no_source_keep_no_forwarding(name: str, laptop: La
     warm.vmnet(laptop, "carve")
     assert warm.vmnet(laptop, "restore").err == ""
     assert changes(start, laptop.snapshot()) == {}
+
+
+# Killed
+
+
+@pytest.mark.parametrize("command", ["carve", "restore"])
+def test_restore_after_a_command_that_was_killed_anywhere(
+    command: str, laptop: Laptop, warm: Warm, pytestconfig: pytest.Config
+) -> None:
+    if shutil.which("strace") is None:
+        pytest.skip("strace is missing")
+    laptop.ip("addr add 127.0.0.2/8 dev lo", "addr add 127.0.5.5/32 dev lo")
+    laptop.sysctl("ipv4/conf/wlan0/forwarding", 1)
+    laptop.sysctl("ipv4/conf/all/accept_redirects", 0)
+    start = laptop.snapshot()
+    for call in ("sendto", "write"):
+        for number in count(1, 1 if pytestconfig.getoption("--long") else 3):
+            if command == "restore":
+                warm.vmnet(laptop, "carve")
+            kill = ["-e", f"trace={call}", "-e", f"inject={call}:signal=KILL:when={number}"]
+            killed = warm.vmnet(laptop, command, check=False, strace=kill).code == SIGKILLED
+            warm.vmnet(laptop, "restore")
+            assert changes(start, laptop.snapshot()) == {}, f"killed at {call} {number}"
+            if not killed:
+                break
+        assert number > 1
