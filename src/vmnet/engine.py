@@ -62,8 +62,12 @@ from vmnet.settings import Paths, Settings
 from vmnet.store import HostRecord, LeaseRequest, RecordsUnreadable, Reservation, Store
 
 _CHUNK = 100
+# A guest takes two descriptors, of which a process may have 1024 without asking; a deletion by group takes 20 ms.
+_REMOVAL_CHUNK = 400
 _NAME_MAX, _PATH_MAX = 255, 4095  # bytes (linux/limits.h)
 _ATTEMPTS = 4
+# Each time somebody else got further: this many in a row are no coincidence.
+_RUNS = 64
 _SHOWN = 20  # lines of a list that a person is to read
 _INDEX_STEP = 3_000_017
 _DEFAULT_MODES: dict[Kind, Mode] = {"tap": "mapped", "veth": "native", "tun": "native"}
@@ -91,7 +95,7 @@ class Platform(Protocol):
     def here(self) -> NetnsId: ...
     def identify(self, path: str) -> NetnsId | None: ...
     def netns_path(self, name: str) -> str: ...
-    def observe_guests(self, leases: Sequence[Lease]) -> dict[str, GuestView]: ...
+    def observe_guests(self, leases: Sequence[Lease], *, for_removal: bool = False) -> dict[str, GuestView]: ...
     def observe_host(self) -> HostView: ...
     def expected_listing(self, text: str, cache: Path) -> str | None: ...
     def look_around(self) -> Found: ...
@@ -209,7 +213,7 @@ class Engine:
         with self._writing(dry_run) as store:
             if dry_run:
                 return self._preview_create(store, specs, names)
-            for _ in range(_ATTEMPTS):
+            for _ in range(_RUNS):
                 with suppress(_Overtaken, NoSuchGuest):
                     return self._create(store, specs, names), []
         raise Conflict(f"others make and delete {', '.join(names)} all the time", hint="try again")
@@ -717,7 +721,7 @@ class Engine:
         return ops
 
     def _plan_down(self, leases: Sequence[Lease], *, keep_netns: bool) -> list[Op]:
-        views = self.platform.observe_guests(leases)
+        views = self.platform.observe_guests(leases, for_removal=True)
         return [
             op for lease in leases for op in plan_removal(self._desire(lease), views[lease.name], keep_netns=keep_netns)
         ]
@@ -777,10 +781,10 @@ class Engine:
 
     def _take_down(self, leases: Sequence[Lease], *, keep_netns: bool) -> dict[str, VmnetError]:
         problems: dict[str, VmnetError] = {}
-        for chunk in _chunks(leases, size=1000):
+        for chunk in _chunks(leases, size=_REMOVAL_CHUNK):
             left = list(chunk)
             for _ in range(_ATTEMPTS):
-                views = self.platform.observe_guests(left)
+                views = self.platform.observe_guests(left, for_removal=True)
                 plans = [
                     (lease, ops)
                     for lease in left

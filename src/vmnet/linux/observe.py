@@ -92,16 +92,20 @@ def _filters(netlink: Netlink, index: int) -> dict[str, Filter]:
     return found
 
 
-def observe_guests(places: Places, leases: Sequence[Lease]) -> dict[str, GuestView]:
-    """Return what the kernel shows of each lease's guest, by name."""
+def observe_guests(places: Places, leases: Sequence[Lease], *, for_removal: bool = False) -> dict[str, GuestView]:
+    """Return what the kernel shows of each lease's guest, by name.
+
+    `for_removal` looks at what does not go by itself: the device, whose the namespace is, and inside of one that
+    vmnet did not make.
+    """
     netlink = places.host
     by_name = _links_by_name(netlink, [lease.device for lease in leases])
     links = [by_name[lease.device] for lease in leases if lease.device in by_name]
-    tables = _Tables(netlink, links) if links else None
+    tables = _Tables(netlink, links) if links and not for_removal else None
     views = {}
     for lease in leases:
-        side = Side()
         link = by_name.get(lease.device)
+        side = Side(link)
         if link and tables:
             side = Side(
                 link=link,
@@ -110,13 +114,13 @@ def observe_guests(places: Places, leases: Sequence[Lease]) -> dict[str, GuestVi
                 neighbours=frozenset(tables.neighbours[link.index]),
                 filters=_filters(netlink, link.index),
             )
-        netns, inside = _look_inside(places, lease)
+        netns, inside = _look_inside(places, lease, for_removal=for_removal)
         stub = netns == "absent" and lease.netns is not None and is_stub(lease.netns.path)
         views[lease.name] = GuestView(side, netns, inside, stub)
     return views
 
 
-def _look_inside(places: Places, lease: Lease) -> tuple[str, Inside | None]:
+def _look_inside(places: Places, lease: Lease, *, for_removal: bool) -> tuple[str, Inside | None]:
     if lease.netns is None:
         return "none", None
     path, recorded = lease.netns.path, lease.netns.identity
@@ -125,6 +129,8 @@ def _look_inside(places: Places, lease: Lease) -> tuple[str, Inside | None]:
         if found is None:
             places.forget(path)
             return "absent", None
+        if for_removal and lease.netns.owned and found == recorded:
+            return "ours", None
         netlink = places.open(path, found)
     except ProcessLookupError:
         return "stranger", None

@@ -55,9 +55,9 @@ class LinuxPlatform:
         """Return where a named network namespace is to be found."""
         return str(NAMED / name)
 
-    def observe_guests(self, leases: Sequence[Lease]) -> dict[str, GuestView]:
-        """Return what the kernel shows of each lease's guest."""
-        return observe.observe_guests(self._places, leases)
+    def observe_guests(self, leases: Sequence[Lease], *, for_removal: bool = False) -> dict[str, GuestView]:
+        """Return what the kernel shows of each lease's guest; see observe.observe_guests."""
+        return observe.observe_guests(self._places, leases, for_removal=for_removal)
 
     def observe_host(self) -> HostView:
         """Return the host part; without rights, without the rules."""
