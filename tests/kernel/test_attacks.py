@@ -518,6 +518,27 @@ def test_the_hosts_services_are_closed_to_guests_and_its_loopback_to_all(lab: La
     assert len(answered(asked, SHORT)) > len(guests)
 
 
+def test_a_source_route_does_not_lead_to_the_hosts_end_of_a_block(lab: Lab) -> None:
+    """On a host that takes source routes at all: the kernel rewrites the destination after prerouting."""
+    laptop, lan = lab.laptop, lab.lan
+    guest = laptop.guest("vm", "--kind", "veth")
+    gateway = guest.info["shadow"].rpartition(".")[0] + ".1"
+    for name in ("all", "wlan0"):
+        laptop.sysctl(f"ipv4/conf/{name}/accept_source_route", 1)
+    laptop.rp_filter(0)
+    ear = laptop.socket(socket.AF_INET, socket.SOCK_RAW, frames.UNKNOWN)
+    ear.bind((gateway, 0))
+    ear.settimeout(SHORT)
+    packet = frames.source_routed(NEIGHBOUR, HOST, gateway, b"token")
+    frame = frames.ether(laptop.mac("wlan0"), lan.mac("lan0"), frames.IPV4, packet)
+    lan.send("lan0", frame)
+    with pytest.raises(TimeoutError):
+        ear.recv(2048)
+    throw_open(laptop, [guest])
+    lan.send("lan0", frame)
+    assert b"token" in ear.recv(2048)
+
+
 def test_without_rules_nothing_at_all_reaches_a_guest(lab: Lab) -> None:
     """From the host, the LAN and the other guests, by whatever address, and no answer to what a guest says."""
     laptop, lan = lab.laptop, lab.lan
