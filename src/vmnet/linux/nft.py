@@ -16,9 +16,15 @@ _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 
 
 def _run(*arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        (program(), *arguments), input=text, capture_output=True, text=True, check=False, env=_ENVIRONMENT
-    )
+    command = (program(), *arguments)
+    # nft writes a listing word by word: into a pipe, each of them would wake this process.
+    with open(os.memfd_create("nft"), "w+") as output:
+        done = subprocess.run(
+            command, input=text, stdout=output, stderr=subprocess.PIPE, text=True, check=False, env=_ENVIRONMENT
+        )
+        output.seek(0)
+        done.stdout = output.read()
+    return done
 
 
 def listing() -> str | None:
