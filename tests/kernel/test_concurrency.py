@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from tests.kernel.alive import Guests
 from tests.kernel.net import Laptop, Result, why_no_tap
 from tests.kernel.warm import Warm
 
-PATIENCE = 20.0
 CONFLICT, NO_SUCH_GUEST = 4, 3
 FORMS: list[tuple[str, ...]] = [
     ("--kind", "veth"),
@@ -28,7 +28,7 @@ class Crowd:
     """Runs commands in one laptop, many at once."""
 
     def __init__(self, warm: Warm, laptop: Laptop) -> None:
-        self.warm, self.laptop = warm, laptop
+        self.warm, self.laptop, self.alive = warm, laptop, Guests(laptop.lab)
 
     def run(self, commands: Sequence[Sequence[str]]) -> list[Result]:
         """Run all of them at once; a traceback from any fails the test."""
@@ -62,8 +62,7 @@ class Crowd:
             guest["hostname"] for guest in guests
         }
         for guest in guests:
-            if guest["kind"] == "veth":
-                assert self.laptop.ping(guest["address"], wait=PATIENCE)
+            assert self.alive.work(guest), f"{guest['name']} does not work"
 
 
 @pytest.fixture

@@ -7,30 +7,26 @@ list` tells no lie, `vmnet up` converges, and after `delete --all` and `restore`
 The normal run takes a sample, spread over the kinds of calls and of files; `--long` takes them all.
 """
 
-import os
 import random
 import re
 import shutil
-import socket
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
 
-from tests.kernel.machine import ECHO_PORT, wait_until
-from tests.kernel.net import Guest, Lab, Laptop, Result, why_no_tap
+from tests.kernel.alive import Guests, Talk
+from tests.kernel.net import Lab, Result, why_no_tap
 from tests.kernel.warm import Warm
 
 SEED = 127
 SAMPLE = 4
 SIGKILLED = 137
-PATIENCE = 20.0
-"""Seconds until what does not answer never will: the machine may be busy, and the VMs' wires with it."""
 PREMADE = "pre"
 BY_FILE = (
     "openat", "write", "pwrite64", "ftruncate", "fsync", "fdatasync", "fchmod", "fchown", "chmod", "rename", "unlink",
@@ -185,12 +181,11 @@ class Crash:
         # The kernel numbers a namespace as soon as a device leads to it, and never takes the number back.
         self.laptop.run("ip", "netns", "set", PREMADE, "1")
         self.start = self.snapshot()
-        self._ports = count(1000)
-        self._plugs: list[int] = []
+        self.alive = Guests(lab)
         self.talk: Talk | None = None
         if scenario.neighbour:
             self.vmnet("create", "neighbour", "--kind", "veth")
-            self.talk = Talk(self.laptop, self.boot(self.guests()[0]))
+            self.talk = self.alive.talk(self.guests()[0])
         for command in scenario.before:
             self.vmnet(*command)
 
@@ -229,7 +224,7 @@ class Crash:
         links = self.laptop.links()
         for info in self.guests():
             assert (info["state"] == "down") == (info["device"] not in links), info
-            assert info["state"] != "up" or self.answers(info), f"{info['name']} is said to be up"
+            assert info["state"] != "up" or self.alive.work(info), f"{info['name']} is said to be up"
         if self.talk:
             self.talk.goes_on()
 
@@ -240,13 +235,13 @@ class Crash:
         assert (plan.code, plan.out) == (0, "")
         for info in self.guests():
             assert info["state"] == "up", info
-            assert self.answers(info), f"{info['name']} does not answer"
+            assert self.alive.work(info), f"{info['name']} does not answer"
         if self.talk:
             self.talk.goes_on()
 
     def leave(self) -> None:
         """Assert that no trace is left."""
-        self._unplug()
+        self.alive.stop()
         self.vmnet("delete", "--all")
         self.vmnet("restore")
         assert self.snapshot() == self.start
@@ -258,54 +253,6 @@ class Crash:
         kept = {path.name for path in folder.glob("run/nftables-*.listing")}
         assert _names(folder / "run") - kept <= {"host.lock", "guests.lock"}
         assert len(kept) <= 1
-
-    def answers(self, info: dict[str, Any]) -> bool:
-        """Tell whether a guest answers to ping and TCP, and reaches the internet."""
-        guest, port = self.boot(info), next(self._ports)
-        guest.serve(port)
-        token = f"{port}".encode()
-        return (
-            wait_until(lambda: self.laptop.ping(guest.address), PATIENCE)
-            and wait_until(lambda: guest.ping(self.lab.internet.address), PATIENCE)
-            and self.laptop.tcp(guest.address, port, token, wait=PATIENCE) == token
-        )
-
-    def boot(self, info: dict[str, Any]) -> Guest:
-        """Return the running guest; the VM behind a tap or tun is started anew each time."""
-        if info["kind"] == "veth":
-            return self.laptop.boot(info)
-        self._unplug()
-        guest = Guest(self.lab, info, self.lab.new_namespace())
-        self._plugs = [self.laptop.open_device(info["device"], info["kind"]), guest.open_device("eth0", info["kind"])]
-        self.lab.wire_up(*self._plugs)
-        guest.configure()
-        return guest
-
-    def _unplug(self) -> None:
-        for plug in self._plugs:
-            self.lab.loop.forget(plug)
-            # The lab closes it; what it stands for ends now.
-            with open(os.devnull, "rb") as nothing:
-                os.dup2(nothing.fileno(), plug, inheritable=False)
-        self._plugs = []
-
-
-class Talk:
-    """A connection from the host to a guest, open all the time."""
-
-    def __init__(self, laptop: Laptop, guest: Guest) -> None:
-        self._tokens = count()
-        guest.serve()
-        self._client = laptop.socket(socket.AF_INET, socket.SOCK_STREAM)
-        self._client.settimeout(PATIENCE)
-        self._client.connect((guest.address, ECHO_PORT))
-        self.goes_on()
-
-    def goes_on(self) -> None:
-        """Assert that what is sent comes back."""
-        token = f"{next(self._tokens):8}".encode()
-        self._client.sendall(token)
-        assert self._client.recv(len(token)) == token
 
 
 def _names(folder: Path) -> set[str]:
