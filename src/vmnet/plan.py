@@ -199,8 +199,10 @@ def desire(lease: Lease, plane: Plane, *, index_shift: int = 0) -> Guest:
             multi_queue=lease.queues > 1,
         ),
         addresses=frozenset({Address(f"{shadow_gateway}/30")}),
+        # Of the shadow too, though the kernel has a route to it in table main: the rules of a VPN may come before that.
         routes=frozenset(
-            {Route(f"{dotted(first)}/30", TABLE_LOCAL, "unicast", device, source=shadow_gateway, scope=SCOPE_LINK)}
+            Route(f"{dotted(one)}/30", TABLE_LOCAL, "unicast", device, source=shadow_gateway, scope=SCOPE_LINK)
+            for one in (first, shadow_of(first, plane))
         ),
         # In native mode the look-up comes after the rewriting, so the neighbour has the guest's own spelling.
         neighbours=frozenset({(dotted(own_address), lease.mac)} if lease.mac else ()),

@@ -5,13 +5,12 @@ from string import Template
 
 from vmnet.plan import Plane
 
-# The host did not forward before vmnet: a new connection that passes through it and that nobody translates is a
-# neighbour who uses it as a router. Whoever wants forwarding (Docker, libvirt, a VPN) translates addresses.
-GUARDED = "not forwarded before vmnet"
-_GUARD = (
-    "\t\tmeta iif != 0 ct state new ct status & (snat | dnat) == 0 meta iifgroup != { $mapped, $native } "
-    f'drop comment "{GUARDED}"\n'
-)
+GUARDED = "goto guard"
+"""What the ruleset holds, also as nft lists it, where it guards a host that did not forward before vmnet."""
+
+# What the host itself sends came in by no device, has no group, and so is not meant. (`meta iif` would say it, and
+# make each listing ask for all devices.)
+_GUARD = f"\t\tmeta iifgroup != {{ $mapped, $native }} {GUARDED}\n"
 
 
 def render(plane: Plane, *, guard: bool) -> str:

@@ -5,7 +5,7 @@ whatever routing rules there are. The addresses of lo are compared with all that
 """
 
 import errno
-import os
+import shutil
 import socket
 import struct
 import threading
@@ -17,15 +17,18 @@ from typing import Self, TypeAlias
 
 import pytest
 
-from tests.kernel.net import Guest, Laptop
+from tests.kernel import frames
+from tests.kernel.frames import addresses_of
+from tests.kernel.machine import QUIET, TIMEOUT, Machine, wait_until
+from tests.kernel.net import Lab, Laptop
 from tests.kernel.warm import Warm
 
 STAYS = ("127.0.0.1", "127.0.0.53", "127.0.1.1", "127.200.0.1")
 FENCED = ("127.1.0.2", "127.5.6.7", "127.63.255.254", "247.1.0.2", "247.63.255.254", "247.200.0.1")
 AT_ONCE = {errno.EHOSTUNREACH, errno.ENETUNREACH}
 PATIENCE = 5.0
-_PERMANENT = 0xFFFFFFFF
-_HOST, _GLOBAL = 254, 0
+VETH = ("--kind", "veth")
+_HOST = 254
 
 Attributes: TypeAlias = tuple[tuple[str, object], ...]
 
@@ -196,8 +199,8 @@ LO = {
     "a /16 of somebody's": Lo(adds("127.0.5.5/16", "127.0.6.6/16")),
     "a protocol and a metric": Lo(adds("127.0.0.4/8 metric 7"), proto=77),
     "global": Lo(("addr flush dev lo", *adds("127.0.0.1/8 scope global", "127.0.0.2/8 scope global"))),
-    "shrunk by hand": Lo(adds("127.0.0.1/16") + ("addr del 127.0.0.1/8 dev lo",), STAYS[:3]),
-    "shrunk to nothing": Lo(adds("127.0.0.1/32") + ("addr del 127.0.0.1/8 dev lo",), STAYS[:1]),
+    "shrunk by hand": Lo((*adds("127.0.0.1/16"), "addr del 127.0.0.1/8 dev lo"), STAYS[:3]),
+    "shrunk to nothing": Lo((*adds("127.0.0.1/32"), "addr del 127.0.0.1/8 dev lo"), STAYS[:1]),
     "both": Lo(adds("127.0.0.1/16", "127.0.0.2/8")),
     "both, turned": Lo(("addr flush dev lo", *adds("127.0.0.1/16", "127.0.0.2/32", "127.0.0.1/8"))),
 }
@@ -243,3 +246,129 @@ def answers(laptop: Laptop, address: str) -> bool:
             return server.recv(9) == b"hi"
         except OSError:
             return False
+
+
+# Routing rules, and a lo that goes down and up
+
+RULES: dict[str, tuple[str, ...]] = {
+    "a rule": ("rule add pref 100 lookup main",),
+    "a VPN's": ("route add default via 192.168.77.1 table 51", "rule add pref 50 not fwmark 51 lookup 51"),
+    "a VPN's pieces": ("route add 0.0.0.0/1 via 192.168.77.1", "route add 128.0.0.0/1 via 192.168.77.1"),
+    "local behind others": (
+        "rule add pref 10 iif wlan0 lookup main",
+        "rule add pref 200 lookup local",
+        "rule del pref 0 lookup local",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_routing_rules_of_others_change_nothing(name: str, laptop: Laptop, lan: Machine, warm: Warm) -> None:
+    laptop.ip(*RULES[name], *adds("127.0.5.5/32"))
+    start = laptop.snapshot()
+    leaks = lan.sniff("lan0")
+    with Prober(laptop):
+        [info] = warm.vmnet(laptop, "create", "g", *VETH, "--json").json
+        guest = laptop.boot(info)
+        guest.serve()
+        unused = [address for address in FENCED if address not in (info["address"], info["shadow"])]
+        # Beyond table local a VPN's default route comes before the fence of the shadow: our rules drop what it takes.
+        fenced = [address for address in unused if address.startswith("127") or name != "a VPN's"]
+        assert [address for address in fenced if not fails_at_once(laptop, address)] == []
+        assert not any(laptop.reaches(address, wait=QUIET) for address in unused if address not in fenced)
+        assert laptop.tcp(info["address"]) == b"hello"
+        warm.vmnet(laptop, "restore")
+    assert laptop.snapshot() == start
+    assert [frame for frame in leaks.frames() if addresses_of(frame) & set(FENCED)] == []
+
+
+@pytest.mark.parametrize("rules", [(), RULES["a rule"]], ids=["merged", "a rule"])
+def test_a_lo_that_goes_down_and_up_disturbs_nobody(rules: tuple[str, ...], laptop: Laptop, warm: Warm) -> None:
+    laptop.ip(*rules, *adds("127.0.0.2/8", "127.0.5.5/32"))
+    start, lo = laptop.snapshot(), on_lo(laptop)
+    [info] = warm.vmnet(laptop, "create", "g", *VETH, "--json").json
+    laptop.boot(info).serve()
+    carved = on_lo(laptop)
+    with ExitStack() as stack:
+        with laptop.entered():
+            lines = [Line(address, stack) for address in STAYS]
+        laptop.ip("link set lo down", "link set lo up")
+        with laptop.entered():
+            assert [failure for line in lines for failure in line.probe()] == []
+        assert [address for address in ("127.9.9.9", "247.9.9.9") if not fails_at_once(laptop, address)] == []
+        assert laptop.tcp(info["address"]) == b"hello"
+        warm.vmnet(laptop, "up")
+        assert warm.vmnet(laptop, "plan").out == ""
+        assert [one for one in on_lo(laptop) if one not in carved] == []
+        with laptop.entered():
+            assert [failure for line in lines for failure in line.probe()] == []
+    assert laptop.tcp(info["address"]) == b"hello"
+    warm.vmnet(laptop, "restore")
+    assert on_lo(laptop) == lo
+    assert laptop.snapshot() == start
+
+
+# The guard of forwarding: docs/decisions/forwarding.md
+
+ALL = {"ping", "tcp", "udp"}
+GUARDS = {"off before": (0, "", set()), "on before": (1, "", ALL), "unguarded": (0, "guard_forwarding = false\n", ALL)}
+
+
+@pytest.mark.parametrize("name", GUARDS)
+def test_a_neighbour_uses_no_laptop_as_a_router_that_was_none(name: str, lab: Lab, warm: Warm) -> None:
+    forwarding, settings, reached = GUARDS[name]
+    laptop, lan, office = lab.laptop, lab.lan, lab.plug("eth9", "10.9.0.0/24", default=False)
+    lan.ip("route add 10.9.0.0/24 via 192.168.77.2")
+    office.ip("route add 192.168.77.0/24 via 10.9.0.2")
+    office.serve()
+    laptop.sysctl("ipv4/ip_forward", forwarding)
+    (laptop.folder / "config.toml").write_text(settings)
+    [info] = warm.vmnet(laptop, "create", "g", *VETH, "--json").json
+    assert lan.reaches(office.address, wait=TIMEOUT if reached else QUIET) == reached
+    heard = office.sniff("lan0")
+    token = b"an answer to nobody"
+    frame = frames.icmp("192.168.77.1", office.address, 0, 0, token)  # no connection: conntrack calls it invalid
+    lan.send("lan0", frames.ether(laptop.mac("wlan0"), lan.mac("lan0"), frames.IPV4, frame))
+    arrived = wait_until(lambda: any(token in one for one in heard.frames()), TIMEOUT if reached else QUIET)
+    assert arrived == bool(reached)
+    assert laptop.tcp(office.address) == b"hello"
+    assert laptop.boot(info).reaches(office.address) == ALL
+
+
+DOCKER_NFT = """
+table ip docker {
+  chain pre { type nat hook prerouting priority -100; iifname != "docker0" tcp dport 8080 dnat to 172.17.0.2:7; }
+  chain post { type nat hook postrouting priority 100; ip saddr 172.17.0.0/16 oifname != "docker0" masquerade; }
+}
+"""
+DOCKER_IPTABLES = """*nat
+-A PREROUTING ! -i docker0 -p tcp --dport 8080 -j DNAT --to-destination 172.17.0.2:7
+-A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE
+COMMIT
+"""
+ENGINES = {"nft": DOCKER_NFT, "iptables-nft": DOCKER_IPTABLES, "iptables-legacy": DOCKER_IPTABLES}
+
+
+@pytest.mark.parametrize("program", ENGINES)
+def test_containers_behind_somebody_elses_masquerade_work_both_ways(program: str, lab: Lab, warm: Warm) -> None:
+    loader = ["nft", "-f", "-"] if program == "nft" else [f"{program}-restore"]
+    if shutil.which(loader[0]) is None:
+        pytest.skip(f"{loader[0]} is missing")
+    laptop, lan, internet = lab.laptop, lab.lan, lab.internet
+    [info] = warm.vmnet(laptop, "create", "g", *VETH, "--json").json
+    container = lab.machine("container", "172.17.0.2")
+    laptop.ip("link add docker0 type bridge", "addr add 172.17.0.1/16 dev docker0", "link set docker0 up")
+    lab.wire(laptop, "c0", container, "eth0")
+    laptop.ip("link set c0 master docker0")
+    container.ip("addr add 172.17.0.2/16 dev eth0", "route add default via 172.17.0.1")
+    laptop.run(*loader, stdin=ENGINES[program])
+    container.serve()
+    internet.serve()
+    lan.serve()
+    assert container.reaches(internet.address) == ALL
+    assert container.reaches(lan.address) == ALL
+    assert lan.tcp("192.168.77.2", 8080) == b"hello"
+    assert laptop.reaches(container.address) == ALL
+    lan.ip("route add 172.17.0.0/16 via 192.168.77.2")
+    assert lan.reaches(container.address, wait=QUIET) == set()
+    assert laptop.boot(info).reaches(internet.address) == ALL
