@@ -56,6 +56,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             mtu INTEGER NOT NULL, owner INTEGER NOT NULL, queues INTEGER NOT NULL, netns_path TEXT,
             netns_owned INTEGER, netns_device INTEGER, netns_inode INTEGER, netns_boot_id TEXT, wish TEXT NOT NULL,
             created TEXT NOT NULL) STRICT""",
+        # Who has a name in the hosts file: asked for by each create and delete.
+        "CREATE INDEX lease_up ON lease (block, name) WHERE wish = 'up'",
         # What the pool last used allows, reservations taken off; and the part of it that nobody ever had.
         "CREATE TABLE allocatable (lo INTEGER PRIMARY KEY, hi INTEGER NOT NULL) STRICT",
         "CREATE TABLE unused (hi INTEGER PRIMARY KEY, lo INTEGER NOT NULL) STRICT",
