@@ -10,8 +10,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from vmnet.model import KernelRefused
 
@@ -78,8 +77,7 @@ def parse_attrs(data: bytes, start: int = 0) -> Attrs:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """One request: its type, its flags beyond REQUEST, and what follows the netlink header."""
 
     kind: int
@@ -87,8 +85,7 @@ class Message:
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
+class Failure(NamedTuple):
     """The kernel's refusal of message number `position`: errno and its own words, if it gave any."""
 
     position: int
