@@ -338,6 +338,15 @@ def test_without_terminal_and_yes_what_is_missing_is_said_and_not_installed(fres
 
 
 @pytest.mark.root
+def test_behind_sudo_the_venv_belongs_to_the_caller(fresh: Checkout) -> None:
+    done = fresh.run("bin/vmnet", SUDO_UID="12345", SUDO_GID="12346")
+    assert done.returncode == 42, done.stderr
+    assert {(path.lstat().st_uid, path.lstat().st_gid) for path in [fresh.venv, *fresh.venv.rglob("*")]} == {
+        (12345, 12346)
+    }
+
+
+@pytest.mark.root
 def test_a_checkout_and_its_venv_belong_to_one_user_whoever_runs_it(foreign: Checkout) -> None:
     def owners() -> set[tuple[int, int]]:
         return {(path.lstat().st_uid, path.lstat().st_gid) for path in foreign.path.rglob("*")}
