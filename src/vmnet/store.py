@@ -333,7 +333,8 @@ def _take_address(db: sqlite3.Connection, address: IPAddress, pool: Pool) -> int
             raise Conflict(f"{address} is reserved: {one.reason}", hint="ask for another address, or for none")
     if db.execute("DELETE FROM freed WHERE block = ?", (block,)).rowcount:
         return block
-    extent = db.execute("SELECT lo, hi FROM unused WHERE lo <= ?1 AND hi > ?1 ORDER BY hi LIMIT 1", (block,)).fetchone()
+    covering = "SELECT lo, hi FROM unused WHERE lo <= ? AND hi > ? ORDER BY hi LIMIT 1"
+    extent = db.execute(covering, (block, block)).fetchone()
     if extent is None:
         raise Conflict(f"{address} is asked for twice")
     db.execute("DELETE FROM unused WHERE hi = ?", (extent[1],))
