@@ -322,4 +322,5 @@ def _load_floor_rules(laptop: Laptop) -> None:
     rules = laptop.folder / "floor.nft"
     rules.write_text(_FLOOR_RULES)
     laptop.run(Command(["nft", "-f", str(rules)]))
-    laptop.run(Command(["sysctl", "-qw", "net.ipv4.ip_forward=1"]))
+    # The unsafe shortcut that vmnet exists to avoid: without it no answer from outside gets back to a 127 address.
+    laptop.run(Command(["sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv4.conf.all.route_localnet=1"]))
