@@ -17,6 +17,7 @@ from tests.kernel.net import FORMS, Laptop, why_no_tap
 from tests.kernel.warm import Warm
 
 SIGKILLED = 137
+LOOPBACK = ("127.0.0.1", "127.0.0.53", "127.0.1.1", "127.200.0.1")
 NATIVE, MAPPED = "--native", "--mapped"
 _NETNS_ID = re.compile(r" \(id: \d+\)")
 MASQUERADE = "table ip others { chain post { type nat hook postrouting priority 100; oifname wlan0 masquerade; }; }"
@@ -300,12 +301,17 @@ def test_restore_after_a_command_that_was_killed_anywhere(
     laptop.sysctl("ipv4/conf/wlan0/forwarding", 1)
     laptop.sysctl("ipv4/conf/all/accept_redirects", 0)
     start = laptop.snapshot()
+    for address in LOOPBACK:
+        laptop.serve(address=address)
     for call in ("sendto", "write"):
-        for number in count(1, 1 if pytestconfig.getoption("--long") else 3):
+        every = call == "write" or pytestconfig.getoption("--long")
+        for number in count(1, 1 if every else 3):
             if command == "restore":
                 warm.vmnet(laptop, "carve")
             kill = ["-e", f"trace={call}", "-e", f"inject={call}:signal=KILL:when={number}"]
             killed = warm.vmnet(laptop, command, check=False, strace=kill).code == SIGKILLED
+            for address in LOOPBACK:
+                assert laptop.udp(address) == b"hello", f"killed at {call} {number}"
             warm.vmnet(laptop, "restore")
             assert changes(start, laptop.snapshot()) == {}, f"killed at {call} {number}"
             if not killed:

@@ -23,9 +23,8 @@ from vmnet.plan import ALIAS_PREFIX, Use
 _SOCKET_TABLES = ("tcp", "udp", "udplite", "raw", "icmp", "tcp6", "udp6", "udplite6", "raw6", "icmp6")
 _LO = 1
 _IFA_ADDRESS = 1  # the far end of a point-to-point address: include/uapi/linux/if_addr.h
-# Class E alone. A wider route that covers the shadow is a piece of a default route: VPNs write 128.0.0.0/1.
-_WIDEST_CLASH = 4
-# A router knows a million routes: most of them are not worth a closer look.
+# 127/8 and class E. All else is elsewhere, or covers so much that it is a piece of a default route: VPNs write
+# 128.0.0.0/1. A router knows a million routes, which are not worth a closer look.
 _FIRST_OCTETS = ("127.", "24", "25")
 
 _Routes: TypeAlias = Sequence[tuple[int, int, Route]]
@@ -76,8 +75,7 @@ def _is_in_pool(network: IPNetwork) -> bool:
 
 def _is_taken(network: IPNetwork, shadow: IPNetwork) -> bool:
     """Say whether something else than lo in `network` is in the way of vmnet, or vmnet in its."""
-    covers = shadow in network and network.prefixlen >= _WIDEST_CLASH
-    return network in LOOPBACK or network in shadow or covers
+    return network in LOOPBACK or network in shadow or shadow in network
 
 
 def _addresses(netlink: Netlink, shadow: IPNetwork, names: dict[int, str], ours: set[int]) -> Iterator[Use]:
