@@ -289,6 +289,7 @@ class SetLink(NamedTuple):
     mtu: int | None = None
     up: bool | None = None
     multicast: bool | None = None
+    name: str | None = None
 
     def _words(self) -> str:
         words = []
@@ -304,6 +305,8 @@ class SetLink(NamedTuple):
             words.append(f"multicast {'on' if self.multicast else 'off'}")
         if self.up is not None:
             words.append("up" if self.up else "down")
+        if self.name is not None:
+            words.append(f"name {self.name}")
         return " ".join(words)
 
     def __str__(self) -> str:

@@ -12,7 +12,7 @@ from netaddr import IPNetwork, IPSet
 
 from vmnet import filters
 from vmnet.ipam import gateway_mac
-from vmnet.model import HOST_PART, LOOPBACK, POOL_SPAN, Conflict, Lease
+from vmnet.model import HOST_PART, LOOPBACK, POOL_SPAN, Block, Conflict, Lease
 from vmnet.ops import (
     SCOPE_HOST,
     SCOPE_LINK,
@@ -169,6 +169,11 @@ def shadow_of(number: int, plane: Plane) -> int:
     return plane.shadow << 24 | number & 0xFFFFFF
 
 
+def link_index(block: Block) -> int:
+    """Return the index that the device of a guest in `block` gets, unless somebody else's has it."""
+    return INDEX_BASE + 2 * block.number
+
+
 def desire(lease: Lease, plane: Plane, *, index_shift: int = 0) -> Guest:
     """Return what the kernel must show for `lease`."""
     first = lease.block.first
@@ -176,7 +181,7 @@ def desire(lease: Lease, plane: Plane, *, index_shift: int = 0) -> Guest:
     shadow_gateway = dotted(shadow_of(first + 1, plane))
     own_address = first + 2 if native else shadow_of(first + 2, plane)
     device = lease.device
-    index = INDEX_BASE + 2 * lease.block.number + index_shift
+    index = link_index(lease.block) + index_shift
     host_mac = None if lease.kind == "tun" else gateway_mac(lease.block)
     programs = {
         "ingress": filters.ingress(lease.kind, lease.mode, own_address),
@@ -342,6 +347,11 @@ def _plan_host_side(desired: Guest, link: Link, observed: Side) -> list[Op]:
     wanted = desired.host.link
     assert wanted is not None
     name, index = link.name, link.index
+    if name != wanted.name:
+        # Before Linux 6.2 a device that is up keeps its name. One that goes down loses routes and neighbours.
+        named = [SetLink(HOST, name, index, up=False), SetLink(HOST, name, index, name=wanted.name)]
+        link = replace(link, name=wanted.name, up=False)
+        return named + _plan_host_side(desired, link, replace(observed, routes=frozenset(), neighbours=frozenset()))
     ops: list[Op] = []
     change = SetLink(
         HOST, name, index,
@@ -402,6 +412,8 @@ def _plan_inside(desired: Guest, peer: Peer, observed: Inside, *, fresh: bool) -
         if not desired.owned_netns and not observed.lo_alias:
             note = _LO_WAS[_LO_WIDE in [one.value for one in observed.lo]]
         ops.append(SetLink(place, "lo", _LO_INDEX, alias=note, up=True))
+    elif desired.owned_netns and desired.inside_lo_routes:
+        ops += _plan_source(place, observed.lo)
     if desired.inside_lo_routes:
         ops += [
             AddRoute(place, route, _LO_INDEX, append=True)
@@ -560,6 +572,8 @@ def plan_host(wish: HostWish, observed: HostView) -> list[Op]:
     ops: list[Op] = []
     if not observed.lo_up:
         ops.append(SetLink(HOST, "lo", _LO_INDEX, up=True))
+    else:
+        ops += _plan_source(HOST, observed.lo)
     ops += [
         AddRoute(HOST, route, _index(route), append=route.device is not None)
         for route in routes
@@ -571,6 +585,13 @@ def plan_host(wish: HostWish, observed: HostView) -> list[Op]:
     if observed.ip_forward != 1:
         ops.append(SetSysctl("net/ipv4/ip_forward", 1))
     return ops + plan_carved_lo(HOST, observed.lo)
+
+
+def _plan_source(place: str, lo: Sequence[LoAddress]) -> list[Op]:
+    """Return the op that gives a lo that is up its 127.0.0.1, the source of our routes on it, if it has lost that."""
+    if any(one.value.startswith(f"{_LOCAL_SOURCE}/") for one in lo):
+        return []
+    return [AddAddress(place, "lo", _LO_INDEX, Address(_LO_CARVED, SCOPE_HOST))]
 
 
 def plan_carved_lo(place: str, lo: Sequence[LoAddress]) -> list[Op]:

@@ -334,6 +334,8 @@ def _link_changes(op: SetLink) -> bytes:
         body += wire.mac_attr(op.mac)
     if op.mtu is not None:
         body += u32(wire.IFLA_MTU, op.mtu)
+    if op.name is not None:
+        body += text(wire.IFLA_IFNAME, op.name)
     return body
 
 
@@ -363,6 +365,11 @@ def _write_sysctl(op: SetSysctl) -> None:
 def _explain(op: Op, code: int, words: str) -> VmnetError:
     if isinstance(op, AddTun | PersistTun) and code in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
         return HostLacks(f"{_TUN_DEVICE} is missing ({words})", hint="load the module tun: modprobe tun")
+    if isinstance(op, PersistTun) and code == errno.EBUSY:
+        return KernelRefused(
+            f"{op.device} cannot be made persistent, of uid {op.owner}, while another program has it open: {words}",
+            hint="end that program, most likely the VM, then vmnet up",
+        )
     feature = _FEATURES.get(type(op))
     if feature and code in (errno.EOPNOTSUPP, errno.ENOENT):
         what, option, module = feature

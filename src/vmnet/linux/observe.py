@@ -30,6 +30,7 @@ from vmnet.plan import (
     Inside,
     Link,
     Side,
+    link_index,
 )
 
 _DIRECTIONS = ("ingress", "egress")
@@ -48,6 +49,13 @@ def _links_by_name(netlink: Netlink, names: Sequence[str]) -> dict[str, Link]:
     """Return those devices that are there; asked for one by one, because a dump of all grows with what is there."""
     bodies = netlink.get_each([Message(RTM_GETLINK, 0, wire.link_query(name)) for name in names])
     return {name: wire.parse_link(body) for name, body in zip(names, bodies, strict=True) if body}
+
+
+def _renamed(netlink: Netlink, leases: Sequence[Lease]) -> dict[str, Link]:
+    """Return those guests' devices that somebody gave another name, by the name they should have."""
+    bodies = netlink.get_each([Message(RTM_GETLINK, 0, wire.link_query(index=link_index(one.block))) for one in leases])
+    links = [(lease, wire.parse_link(body)) for lease, body in zip(leases, bodies, strict=True) if body]
+    return {lease.device: link for lease, link in links if link.alias == ALIAS_PREFIX + lease.name}
 
 
 def all_links(netlink: Netlink) -> list[Link]:
@@ -100,6 +108,7 @@ def observe_guests(places: Places, leases: Sequence[Lease], *, for_removal: bool
     """
     netlink = places.host
     by_name = _links_by_name(netlink, [lease.device for lease in leases])
+    by_name |= _renamed(netlink, [lease for lease in leases if lease.device not in by_name])
     links = [by_name[lease.device] for lease in leases if lease.device in by_name]
     tables = _Tables(netlink, links) if links and not for_removal else None
     views = {}
