@@ -46,11 +46,11 @@ Command: TypeAlias = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Scenario:
-    """A command to be killed, and those before it; with `neighbour` another guest is there, and must not notice."""
+    """A command to be killed, and those before it; with `bystander` another guest is there, and must not notice."""
 
     command: Command
     before: tuple[Command, ...] = ()
-    neighbour: bool = False
+    bystander: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ def _scenarios() -> dict[str, Scenario]:
     for kind, create in CREATE.items():
         found |= {
             f"create-{kind}": Scenario(create),
-            f"delete-{kind}": Scenario(("delete", "g"), (create,), neighbour=True),
-            f"down-{kind}": Scenario(("down", "g"), (create,), neighbour=True),
+            f"delete-{kind}": Scenario(("delete", "g"), (create,), bystander=True),
+            f"down-{kind}": Scenario(("down", "g"), (create,), bystander=True),
             f"up-{kind}": Scenario(("up",), (create, ("down",))),
             f"restore-{kind}": Scenario(("restore",), (create,)),
         }
@@ -183,8 +183,8 @@ class Crash:
         self.start = self.snapshot()
         self.alive = Guests(lab)
         self.talk: Talk | None = None
-        if scenario.neighbour:
-            self.vmnet("create", "neighbour", "--kind", "veth")
+        if scenario.bystander:
+            self.vmnet("create", "bystander", "--kind", "veth")
             self.talk = self.alive.talk(self.guests()[0])
         for command in scenario.before:
             self.vmnet(*command)
@@ -212,12 +212,13 @@ class Crash:
         trace.unlink()
         return _points(lines, self.laptop.folder)
 
-    def kill(self, *command: str, at: Point) -> None:
-        """Run a command and have it killed."""
+    def kill(self, *command: str, at: Point) -> bool:
+        """Run a command and have it killed; tell whether it came that far."""
         result = self.vmnet(*command, check=False, strace=at.strace(self.laptop.folder))
         assert "Traceback" not in result.err, result.err
         # A child that is killed is an error like others; it may even be one that does not matter.
-        assert result.code in ((0, 1) if at.child else (SIGKILLED,)), result
+        assert result.code in ((0, 1) if at.child else (0, SIGKILLED)), result
+        return at.child or result.code != 0
 
     def check(self) -> None:
         """Assert what must hold after a command was killed."""
@@ -266,18 +267,20 @@ def _crash(warm: Warm, folder: Path, scenario: Scenario) -> Iterator[Crash]:
         yield Crash(warm, lab, scenario)
 
 
-def _survives(warm: Warm, folder: Path, scenario: Scenario, *kills: tuple[Command, Point]) -> None:
-    """Assert that all is well after commands were killed one after the other."""
+def _survives(warm: Warm, folder: Path, scenario: Scenario, *kills: tuple[Command, Point]) -> bool:
+    """Assert that all is well after commands were killed one after the other; tell whether all of them were."""
+    killed = True
     try:
         with _crash(warm, folder, scenario) as crash:
             for command, point in kills:
-                crash.kill(*command, at=point)
+                killed &= crash.kill(*command, at=point)
                 crash.check()
             crash.heal()
             crash.leave()
     except BaseException as error:
         error.add_note("; ".join(f"{' '.join(command)} was killed at {point}" for command, point in kills))
         raise
+    return killed
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -291,8 +294,12 @@ def test_a_killed_command_is_put_right_by_up(
         points = crash.points(*scenario.command)
     if not pytestconfig.getoption("--long"):
         points = _sample(points, SAMPLE, name)
-    for number, point in enumerate(points):
+    killed = [
         _survives(warm, tmp_path / f"{number}", scenario, (scenario.command, point))
+        for number, point in enumerate(points)
+    ]
+    # A new namespace may have the number of the old one by chance: then there is a transaction less.
+    assert sum(killed) * 4 >= len(points) * 3
 
 
 @pytest.mark.parametrize("kind", CREATE)
