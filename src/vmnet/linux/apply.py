@@ -40,7 +40,7 @@ from vmnet.linux.netlink import (
 )
 from vmnet.linux.observe import all_links
 from vmnet.linux.places import Places
-from vmnet.model import HostLacks, KernelRefused, VmnetError
+from vmnet.model import HostLacks, KernelRefused, NotPermitted, VmnetError
 from vmnet.ops import (
     AddAddress,
     AddClsact,
@@ -365,6 +365,10 @@ def _write_sysctl(op: SetSysctl) -> None:
 def _explain(op: Op, code: int, words: str) -> VmnetError:
     if isinstance(op, AddTun | PersistTun) and code in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
         return HostLacks(f"{_TUN_DEVICE} is missing ({words})", hint="load the module tun: modprobe tun")
+    if isinstance(op, AddTun) and code in (errno.EPERM, errno.EACCES):
+        return NotPermitted(
+            f"{_TUN_DEVICE} may not be used: {words}", hint="a container is given it with --device /dev/net/tun"
+        )
     if isinstance(op, PersistTun) and code == errno.EBUSY:
         return KernelRefused(
             f"{op.device} cannot be made persistent, of uid {op.owner}, while another program has it open: {words}",
@@ -374,4 +378,6 @@ def _explain(op: Op, code: int, words: str) -> VmnetError:
     if feature and code in (errno.EOPNOTSUPP, errno.ENOENT):
         what, option, module = feature
         return HostLacks(f"the kernel lacks {what} ({option}): {words}", hint=f"load the module: modprobe {module}")
-    return KernelRefused(f"the kernel refused `{op.command()}`: {words}")
+    # There is no command that makes a tap persistent and does nothing else.
+    shown = str(op) if isinstance(op, PersistTun) else op.command()
+    return KernelRefused(f"the kernel refused `{shown}`: {words}")
