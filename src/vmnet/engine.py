@@ -783,12 +783,13 @@ class Engine:
         problems: dict[str, VmnetError] = {}
         for chunk in _chunks(leases, size=_REMOVAL_CHUNK):
             left = list(chunk)
+            desired = {lease.name: self._desire(lease) for lease in chunk}
             for _ in range(_ATTEMPTS):
                 views = self.platform.observe_guests(left, for_removal=True)
                 plans = [
                     (lease, ops)
                     for lease in left
-                    if (ops := plan_removal(self._desire(lease), views[lease.name], keep_netns=keep_netns))
+                    if (ops := plan_removal(desired[lease.name], views[lease.name], keep_netns=keep_netns))
                 ]
                 if not plans:
                     break

@@ -26,6 +26,7 @@ from vmnet.linux.netlink import (
     RTM_DELLINK,
     RTM_DELROUTE,
     RTM_DELTFILTER,
+    RTM_GETLINK,
     RTM_NEWADDR,
     RTM_NEWLINK,
     RTM_NEWNEIGH,
@@ -38,7 +39,6 @@ from vmnet.linux.netlink import (
     text,
     u32,
 )
-from vmnet.linux.observe import all_links
 from vmnet.linux.places import Places
 from vmnet.model import HostLacks, KernelRefused, NotPermitted, VmnetError
 from vmnet.ops import (
@@ -269,8 +269,9 @@ class _Run:
             return
         # The kernel waits for a grace period after each deletion; by group it waits once for all.
         netlink = self._places.host
-        taken = {link.group for link in all_links(netlink)}
-        group = next(one for one in iter(lambda: random.randrange(1 << 30, 1 << 31), 0) if one not in taken)
+        links = list(netlink.dump(RTM_GETLINK, wire.link_query()))
+        groups = iter(lambda: random.randrange(1 << 30, 1 << 31), 0)
+        group = next(one for one in groups if not any(u32(wire.IFLA_GROUP, one) in link for link in links))
         marks = [
             Message(RTM_SETLINK, 0, wire.link_header(op.ifindex) + u32(wire.IFLA_GROUP, group)) for _, op in doomed
         ]
