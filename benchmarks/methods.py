@@ -80,7 +80,7 @@ class Vmnet(Method):
 
     def command(self, *words: str) -> Command:
         """Return a call of vmnet in this laptop."""
-        return Command([sys.executable, "-m", "vmnet", *words], environment=self.environment)
+        return Command([sys.executable, str(_SOURCES / "vmnet" / "__main__.py"), *words], environment=self.environment)
 
     def prepare(self) -> None:
         self.laptop.run(self.command("carve"))

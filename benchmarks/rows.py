@@ -137,9 +137,8 @@ def needed_imports(vmnet: Vmnet) -> list[str]:
     """Return the modules beside its own that vmnet has imported when it has made a guest."""
     report = vmnet.laptop.folder / "imports"
     vmnet.laptop.make_netns("f1")
-    command = vmnet.command("create", "f1", "--netns", "f1")
-    argv = [command.argv[0], "-c", _TELLING, str(report), *command.argv[3:]]
-    vmnet.laptop.run(Command(argv, environment=command.environment))
+    argv = [sys.executable, "-c", _TELLING, str(report), "create", "f1", "--netns", "f1"]
+    vmnet.laptop.run(Command(argv, environment=vmnet.environment))
     vmnet.delete(["f1"])
     vmnet.laptop.drop_netns("f1")
     return [name for name in report.read_text().split() if name.partition(".")[0] not in ("vmnet", "__main__", "runpy")]
