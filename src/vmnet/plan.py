@@ -412,7 +412,7 @@ def _plan_inside(desired: Guest, peer: Peer, observed: Inside, *, fresh: bool) -
         if not desired.owned_netns and not observed.lo_alias:
             note = _LO_WAS[_LO_WIDE in [one.value for one in observed.lo]]
         ops.append(SetLink(place, "lo", _LO_INDEX, alias=note, up=True))
-    elif desired.owned_netns and desired.inside_lo_routes:
+    elif desired.owned_netns and desired.inside_lo_routes and not fresh:
         ops += _plan_source(place, observed.lo)
     if desired.inside_lo_routes:
         ops += [
