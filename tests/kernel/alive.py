@@ -1,7 +1,9 @@
 """Whether guests work: VMs that can be started anew, questions in both directions, and a connection that stays."""
 
+import errno
 import os
 import socket
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -20,7 +22,7 @@ class Guests:
         self._laptop = lab.laptop
         self._ports = count(1000)
         self._tokens = count()
-        self._wires: dict[str, list[int]] = {}
+        self._wires: dict[str, tuple[int, int]] = {}
         lab.internet.serve()
 
     def boot(self, info: dict[str, Any]) -> Guest:
@@ -29,11 +31,20 @@ class Guests:
             return self._laptop.boot(info)
         self.stop(info["name"])
         guest = Guest(self._lab, info, self._lab.new_namespace())
-        wire = [self._laptop.open_device(info["device"], info["kind"]), guest.open_device("eth0", info["kind"])]
-        self._lab.wire_up(*wire)
+        wire = (self._laptop.open_device(info["device"], info["kind"]), guest.open_device("eth0", info["kind"]))
         self._wires[info["name"]] = wire
+        for source, sink in (wire, wire[::-1]):
+            self._lab.loop.watch(source, partial(self._carry, info["name"], wire, source, sink))
         guest.configure()
         return guest
+
+    def _carry(self, name: str, wire: tuple[int, int], source: int, sink: int) -> None:
+        try:
+            os.write(sink, os.read(source, 65535))
+        except OSError as error:
+            # A device that is down takes nothing; one that was deleted never will.
+            if error.errno == errno.EBADFD and self._wires.get(name) is wire:
+                self.stop(name)
 
     def stop(self, *names: str) -> None:
         """End the VMs of these guests, or of all; one that does not run is as it should be."""

@@ -25,7 +25,7 @@ from tests.kernel.net import Lab, Result, why_no_tap
 from tests.kernel.warm import Warm
 
 SEED = 127
-SAMPLE = 4
+SAMPLE = 3
 SIGKILLED = 137
 PREMADE = "pre"
 BY_FILE = (
