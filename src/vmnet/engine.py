@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from typing import NoReturn
 
 from vmnet.found import load_found
+from vmnet.guests import Guests, apply_all, chunks
+from vmnet.hostpart import HostPart
 from vmnet.locks import Locks
 from vmnet.model import (
     Conflict,
@@ -29,12 +31,15 @@ from vmnet.model import (
     VmnetError,
     check_name,
 )
+from vmnet.names import Names
 from vmnet.ops import Op
 from vmnet.plan import (
     GuestView,
     plan_guest,
 )
+from vmnet.platform import Platform, Report
 from vmnet.settings import Paths, Settings
+from vmnet.specs import Asking, GuestSpec
 from vmnet.store import HostRecord, RecordsUnreadable, Store
 
 _CHUNK = 100

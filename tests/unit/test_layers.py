@@ -21,10 +21,20 @@ ALLOWED: dict[str, set[str]] = {
     "found": {"model", "ops", "plan"},
     "locks": {"model"},
     "linux": {"filters", "linux", "model", "ops", "plan", "hostsfile"},
-    "engine": {"found", "hostsfile", "ipam", "locks", "model", "ops", "plan", "rules", "settings", "store"},
-    "cli": {"", "cli", "engine", "linux", "model", "ops", "plan", "settings"},
+    "platform": {"model", "ops", "plan"},
+    "specs": {"model", "platform", "settings", "store"},
+    "names": {"hostsfile", "model", "ops", "plan", "platform", "settings", "store"},
+    "guests": {"model", "ops", "plan", "platform", "settings", "store"},
+    "hostpart": {
+        "found", "guests", "ipam", "locks", "model", "ops", "plan", "platform", "rules", "settings", "store",
+    },
+    "engine": {
+        "found", "guests", "hostpart", "locks", "model", "names", "ops", "plan", "platform", "settings", "specs",
+        "store",
+    },
+    "cli": {"", "cli", "engine", "linux", "model", "ops", "plan", "settings", "specs"},
     "__main__": {"cli"},
-}
+}  # fmt: skip
 PURE = {"model", "ipam", "filters", "ops", "plan"}
 # What does I/O, or makes two calls with the same arguments differ.
 IMPURE = {

@@ -16,10 +16,11 @@ from typer.exceptions import TyperException
 
 from vmnet import __version__
 from vmnet.cli.show import Reporter, as_json, print_guests, print_ops, say
-from vmnet.engine import Engine, GuestSpec, Seen
+from vmnet.engine import Engine, Seen
 from vmnet.linux.platform import LinuxPlatform
 from vmnet.model import HostLacks, KernelRefused, Mode, NotPermitted, UsageError, VmnetError, check_name
 from vmnet.settings import Paths, load_settings
+from vmnet.specs import GuestSpec
 
 app = typer.Typer(
     name="vmnet",

@@ -1,0 +1,152 @@
+"""Reconcile guests: observe, plan, apply, and observe again until the plan is empty, or say what stays."""
+
+import errno
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from vmnet.model import Conflict, KernelRefused, Lease, VmnetError
+from vmnet.ops import AddTun, AddVeth, Op, WriteNames
+from vmnet.plan import Guest, desire, plan_guest, plan_removal
+from vmnet.platform import Platform, Refusal, Report
+from vmnet.settings import Settings
+from vmnet.store import Store
+
+CHUNK = 100
+ATTEMPTS = 4
+# A guest takes two descriptors, of which a process may have 1024 without asking; a deletion by group takes 20 ms.
+_REMOVAL_CHUNK = 400
+_INDEX_STEP = 3_000_017
+
+
+@dataclass(frozen=True, slots=True)
+class Guests:
+    """The loop for guests; the caller holds their locks."""
+
+    platform: Platform
+    settings: Settings
+    report: Report
+
+    def desire(self, lease: Lease, shift: int = 0) -> Guest:
+        """Return what the kernel must show; `shift` moves the indexes of new devices."""
+        return desire(lease, self.settings.plane, index_shift=shift)
+
+    def plan_up(self, leases: Sequence[Lease], problems: dict[str, VmnetError]) -> list[Op]:
+        """Return the ops for guests that are to be up; put into `problems`, by name, what is in the way of others."""
+        ops: list[Op] = []
+        for chunk in chunks(leases):
+            views = self.platform.observe_guests(chunk)
+            for lease in chunk:
+                try:
+                    ops += plan_guest(self.desire(lease), views[lease.name])
+                except Conflict as error:
+                    problems[lease.name] = error
+            self.platform.close_places()
+        return ops
+
+    def plan_down(self, leases: Sequence[Lease], *, keep_netns: bool) -> list[Op]:
+        """Return the ops for guests that are to be gone from the kernel."""
+        ops: list[Op] = []
+        for chunk in chunks(leases):
+            views = self.platform.observe_guests(chunk, for_removal=True)
+            for lease in chunk:
+                ops += plan_removal(self.desire(lease), views[lease.name], keep_netns=keep_netns)
+            self.platform.close_places()
+        return ops
+
+    def bring_up(self, store: Store, leases: Sequence[Lease]) -> dict[str, VmnetError]:
+        """Reconcile guests that are to be up; return what went wrong, by name."""
+        problems: dict[str, VmnetError] = {}
+        for chunk in chunks(leases):
+            problems |= self._bring_up_chunk(store, chunk)
+            self.platform.close_places()
+        return problems
+
+    def _bring_up_chunk(self, store: Store, leases: Sequence[Lease]) -> dict[str, VmnetError]:
+        problems: dict[str, VmnetError] = {}
+        shift = 0
+        left: list[Lease] = list(leases)
+        for attempt in range(ATTEMPTS):
+            views = self.platform.observe_guests(left)
+            plans: list[tuple[Lease, list[Op]]] = []
+            for lease in left:
+                try:
+                    ops = plan_guest(self.desire(lease, shift), views[lease.name])
+                except Conflict as error:
+                    problems[lease.name] = error
+                    continue
+                if ops:
+                    plans.append((lease, ops))
+            self._learn_netns(store, left, problems)
+            if not plans:
+                return problems
+            if attempt == ATTEMPTS - 1:
+                for lease, ops in plans:
+                    problems[lease.name] = KernelRefused(
+                        f"{lease.name} does not stay as it is set: {'; '.join(map(str, ops))}"
+                    )
+                return problems
+            refusals = apply(self.platform, self.report, [ops for _, ops in plans])
+            for refusal in refusals:
+                if isinstance(refusal.op, AddVeth | AddTun) and refusal.errno in (errno.EEXIST, errno.EBUSY):
+                    shift += _INDEX_STEP  # somebody has a device of that index
+                    continue
+                problems[plans[refusal.number][0].name] = refusal.error
+            left = [lease for lease, _ in plans if lease.name not in problems]
+        return problems
+
+    def _learn_netns(self, store: Store, leases: Sequence[Lease], problems: Mapping[str, VmnetError]) -> None:
+        """Record which namespaces the owned ones are, now that they are there."""
+        learnt = {}
+        for lease in leases:
+            if lease.name in problems or not (lease.netns and lease.netns.owned):
+                continue
+            found = self.platform.identify(lease.netns.path)
+            if found and found != lease.netns.identity:
+                learnt[lease.name] = replace(lease.netns, identity=found)
+        if learnt:
+            store.set_netns(learnt)
+
+    def take_down(self, leases: Sequence[Lease], *, keep_netns: bool) -> dict[str, VmnetError]:
+        """Take guests out of the kernel; return what went wrong, by name."""
+        problems: dict[str, VmnetError] = {}
+        for chunk in chunks(leases, size=_REMOVAL_CHUNK):
+            left = list(chunk)
+            desired = {lease.name: self.desire(lease) for lease in chunk}
+            for _ in range(ATTEMPTS):
+                views = self.platform.observe_guests(left, for_removal=True)
+                plans = [
+                    (lease, ops)
+                    for lease in left
+                    if (ops := plan_removal(desired[lease.name], views[lease.name], keep_netns=keep_netns))
+                ]
+                if not plans:
+                    break
+                for refusal in apply(self.platform, self.report, [ops for _, ops in plans]):
+                    problems[plans[refusal.number][0].name] = refusal.error
+                left = [lease for lease, _ in plans if lease.name not in problems]
+            else:
+                for lease in left:
+                    problems[lease.name] = KernelRefused(f"{lease.name} does not go away")
+            self.platform.close_places()
+        return problems
+
+
+def apply(platform: Platform, report: Report, lists: Sequence[Sequence[Op]]) -> Sequence[Refusal]:
+    """Carry out lists of ops that do not depend on each other, and tell of it; return what was refused."""
+    report.begin(sum(len(ops) for ops in lists))
+    return platform.apply(lists, _refuse_names, report.did)
+
+
+def apply_all(platform: Platform, report: Report, ops: Sequence[Op]) -> None:
+    """Carry out ops in their order; raises what the first refusal says."""
+    for refusal in apply(platform, report, [ops] if ops else []):
+        raise refusal.error
+
+
+def _refuse_names(op: WriteNames) -> None:
+    raise TypeError(f"{op} is not for the kernel")
+
+
+def chunks(leases: Sequence[Lease], size: int = CHUNK) -> Iterable[Sequence[Lease]]:
+    """Return leases in pieces that are worked on at once."""
+    return (leases[start : start + size] for start in range(0, len(leases), size))
