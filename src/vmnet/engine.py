@@ -19,9 +19,7 @@ from vmnet.locks import Locks
 from vmnet.model import (
     Conflict,
     KernelRefused,
-    Kind,
     Lease,
-    Mode,
     Netns,
     NetnsId,
     NoSuchGuest,
@@ -33,25 +31,14 @@ from vmnet.model import (
 )
 from vmnet.names import Names
 from vmnet.ops import Op
-from vmnet.plan import (
-    GuestView,
-    plan_guest,
-)
+from vmnet.plan import GuestView, plan_guest
 from vmnet.platform import Platform, Report
 from vmnet.settings import Paths, Settings
 from vmnet.specs import Asking, GuestSpec
 from vmnet.store import HostRecord, RecordsUnreadable, Store
 
-_CHUNK = 100
-# A guest takes two descriptors, of which a process may have 1024 without asking; a deletion by group takes 20 ms.
-_REMOVAL_CHUNK = 400
-_NAME_MAX, _PATH_MAX = 255, 4095  # bytes (linux/limits.h)
-_ATTEMPTS = 4
 # Each time somebody else got further: this many in a row are no coincidence.
 _RUNS = 64
-_SHOWN = 20  # lines of a list that a person is to read
-_INDEX_STEP = 3_000_017
-_DEFAULT_MODES: dict[Kind, Mode] = {"tap": "mapped", "veth": "native", "tun": "native"}
 
 
 @dataclass(frozen=True, slots=True)
