@@ -551,13 +551,16 @@ def host_routes(wish: HostWish) -> list[Route]:
     """Return the routes of the host part, in the order in which they are to be added."""
     local = [IPNetwork(prefix) for prefix in _KEPT_LOCAL]
     fence = [POOL_SPAN]
-    if wish.holes:
-        # Where routing rules part table local from the others, what stands in it would hide their routes. And of two
-        # routes to one network, as a local one and a piece of the fence could be, the kernel takes but one.
-        local = without(local, wish.holes)
+    # Where routing rules part table local from the others, what stands in it would hide their routes.
+    local = without(local, wish.holes)
+    if wish.holes or wish.kept:
+        # The local routes go when lo goes down: the /8 that comes back with it must find no fence in their place.
         fence = without(fence, [*wish.holes, *wish.kept, HOST_PART])
     routes = _local_routes([*local, *wish.kept])
-    routes += [Route(str(part), TABLE_LOCAL, "unreachable") for part in fence]
+    # A piece of the fence may be just a guest's block: by its metric it comes last.
+    routes += [
+        Route(str(part), TABLE_LOCAL, "unreachable", metric=0 if part == POOL_SPAN else _LAST_METRIC) for part in fence
+    ]
     routes.append(Route(f"{wish.plane.shadow}.0.0.0/8", TABLE_MAIN, "unreachable", metric=_LAST_METRIC))
     return routes
 

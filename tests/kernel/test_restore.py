@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.kernel.machine import wait_until
 from tests.kernel.net import FORMS, Laptop, why_no_tap
 from tests.kernel.warm import Warm
 
@@ -27,6 +28,12 @@ MASQUERADE = "table ip others { chain post { type nat hook postrouting priority 
 def warm() -> Iterator[Warm]:
     with Warm() as made:
         yield made
+
+
+@pytest.fixture(autouse=True)
+def _settled(laptop: Laptop) -> None:
+    """Wait for the laptop's own IPv6 address, which comes late on a busy machine: two looks would differ."""
+    wait_until(lambda: laptop.run("ip", "-6", "addr", "show", "wlan0", "scope", "link", "-tentative") != "")
 
 
 def inside(laptop: Laptop, name: str) -> dict[str, str]:
