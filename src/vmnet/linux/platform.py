@@ -81,7 +81,7 @@ class LinuxPlatform:
         """Return who else uses addresses of the pool or of the shadow."""
         from vmnet.linux import usage
 
-        return usage.find_uses(self._places.host, shadow, hosts)
+        return usage.find_uses(shadow, hosts)
 
     def forwards_for_others(self) -> bool:
         """Say whether somebody else needs this host to forward."""

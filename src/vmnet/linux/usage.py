@@ -1,6 +1,7 @@
 """Find who uses addresses that vmnet is about to take: addresses, routes, sockets, the hosts file.
 
 It runs once before the host is carved. Afterwards nobody can take an address of the pool by chance: the fence says no.
+What it looks at is anybody's, of any kind: pyroute2 knows how all of that is spelled.
 """
 
 import re
@@ -9,20 +10,17 @@ import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from ipaddress import AddressValueError, IPv4Address, IPv6Address
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from netaddr import IPNetwork
 
-from vmnet.linux import nft, wire
-from vmnet.linux.netlink import RTM_GETADDR, RTM_GETROUTE, Netlink
-from vmnet.linux.observe import all_links
+from vmnet.linux import nft
 from vmnet.model import HOST_PART, LOOPBACK, POOL_SPAN
 from vmnet.ops import ROUTE_PROTOCOL, TABLE_LOCAL, TABLE_MAIN, Route
 from vmnet.plan import ALIAS_PREFIX, Use
 
 _SOCKET_TABLES = ("tcp", "udp", "udplite", "raw", "icmp", "tcp6", "udp6", "udplite6", "raw6", "icmp6")
 _LO = 1
-_IFA_ADDRESS = 1  # the far end of a point-to-point address: include/uapi/linux/if_addr.h
 # 127/8 and class E. All else is elsewhere, or covers so much that it is a piece of a default route: VPNs write
 # 128.0.0.0/1. A router knows a million routes, which are not worth a closer look.
 _FIRST_OCTETS = ("127.", "24", "25")
@@ -30,30 +28,47 @@ _FIRST_OCTETS = ("127.", "24", "25")
 _Routes: TypeAlias = Sequence[tuple[int, int, Route]]
 
 
-def find_uses(netlink: Netlink, shadow: IPNetwork, hosts: Path | None) -> list[Use]:
+def find_uses(shadow: IPNetwork, hosts: Path | None) -> list[Use]:
     """Return who else uses 127/8 beside the host part, or the shadow: disjoint networks, lowest first.
 
     A network that lies outside of 127/8, or that covers the whole pool, is one that vmnet cannot do without.
     """
-    names, ours = {}, set()
-    for link in all_links(netlink):
-        names[link.index] = link.name
-        if link.alias.startswith(ALIAS_PREFIX):
-            ours.add(link.index)
-    routes = [
-        one
-        for body in netlink.dump(RTM_GETROUTE, wire.route_query())
-        if (one := wire.parse_route(body, names))[2].destination.startswith(_FIRST_OCTETS)
-    ]
+    from pyroute2 import IPRoute
+
+    with IPRoute() as ipr:
+        links = list(ipr.get_links())
+        names = {link["index"]: str(link.get_attr("IFLA_IFNAME")) for link in links}
+        ours = {one["index"] for one in links if str(one.get_attr("IFLA_IFALIAS") or "").startswith(ALIAS_PREFIX)}
+        addresses = [one for one in ipr.get_addr(family=socket.AF_INET) if one["index"] not in ours]
+        routes = [
+            _read_route(one, names)
+            for one in ipr.get_routes(family=socket.AF_INET)
+            if (one.get_attr("RTA_DST") or "").startswith(_FIRST_OCTETS)
+        ]
     guests = [IPNetwork(route.destination) for protocol, index, route in routes if protocol == ROUTE_PROTOCOL and index]
     return _outermost(
         [
-            *_addresses(netlink, shadow, names, ours),
+            *_addresses(addresses, shadow, names),
             *_routes([one for one in routes if one[0] != ROUTE_PROTOCOL and one[1] not in ours], shadow),
             *_sockets(guests),
             *_hosts_lines(hosts),
         ]
     )
+
+
+def _read_route(message: Any, names: dict[int, str]) -> tuple[int, int, Route]:
+    """Return a route's protocol, the index of its device (0: none), and the route."""
+    from pyroute2.netlink.rtnl import rt_type
+
+    index = message.get_attr("RTA_OIF") or 0
+    kinds = {number: name for name, number in rt_type.items()}
+    route = Route(
+        destination=f"{message.get_attr('RTA_DST')}/{message['dst_len']}",
+        table=message.get_attr("RTA_TABLE") or message["table"],
+        type=kinds.get(message["type"], str(message["type"])),
+        device=names.get(index, f"#{index}") if index else None,
+    )
+    return message["proto"], index, route
 
 
 def _outermost(uses: Iterable[Use]) -> list[Use]:
@@ -78,20 +93,18 @@ def _is_taken(network: IPNetwork, shadow: IPNetwork) -> bool:
     return network in LOOPBACK or network in shadow or shadow in network
 
 
-def _addresses(netlink: Netlink, shadow: IPNetwork, names: dict[int, str], ours: set[int]) -> Iterator[Use]:
-    for body in netlink.dump(RTM_GETADDR, wire.address_query()):
-        index, address = wire.parse_address(body)
-        if index in ours:
-            continue
-        network = IPNetwork(address.value).cidr
+def _addresses(addresses: Iterable[Any], shadow: IPNetwork, names: dict[int, str]) -> Iterator[Use]:
+    for one in addresses:
+        index, length, far = one["index"], one["prefixlen"], one.get_attr("IFA_ADDRESS")
+        address = one.get_attr("IFA_LOCAL") or far
+        network = IPNetwork(f"{address}/{length}").cidr
         what = f"an address of {names.get(index, index)}"
         if index != _LO:
-            far = next(payload for number, payload in address.attributes if number == _IFA_ADDRESS)
-            far_end = IPNetwork(f"{socket.inet_ntoa(bytes.fromhex(far))}/{network.prefixlen}").cidr
-            yield from (Use("foreign", one, what) for one in {network, far_end} if _is_taken(one, shadow))
+            far_end = IPNetwork(f"{far or address}/{length}").cidr
+            yield from (Use("foreign", end, what) for end in {network, far_end} if _is_taken(end, shadow))
         elif _is_in_pool(network):
             yield Use("local", network, what)
-        elif _is_in_pool(alone := IPNetwork(address.value.partition("/")[0])):
+        elif _is_in_pool(alone := IPNetwork(address)):
             yield Use("local", alone, what)  # a wide one, such as 127.9.0.1/8, uses itself alone
         elif network not in LOOPBACK and _is_taken(network, shadow):
             yield Use("foreign", network, what)
