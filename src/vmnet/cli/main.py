@@ -73,17 +73,19 @@ def _caller() -> int:
 @app.command()
 def create(
     names: Names,
-    kind: Annotated[KindOption | None, typer.Option(help="What the guest gets; tap is the default.")] = None,
+    kind: Annotated[KindOption | None, typer.Option(help="What the guest is; a tap without --netns.")] = None,
     netns: Annotated[
         str | None, typer.Option(metavar="NS", help="Put a veth into this network namespace: a name or a path.")
     ] = None,
-    native: Annotated[bool, typer.Option("--native", help="The guest itself has its 127.x address.")] = False,
-    mapped: Annotated[bool, typer.Option("--mapped", help="The guest stays unmodified and has the shadow.")] = False,
-    address: Annotated[str | None, typer.Option(metavar="A", help="Ask for this address.")] = None,
+    native: Annotated[bool, typer.Option("--native", help="The guest itself has its 127 address.")] = False,
+    mapped: Annotated[bool, typer.Option("--mapped", help="The guest has the shadow, and needs no change.")] = False,
+    address: Annotated[
+        str | None, typer.Option(metavar="A", help="Its address: the third of a /30 of the pool.")
+    ] = None,
     mac: Annotated[str | None, typer.Option(metavar="M", help="The guest's MAC.")] = None,
-    mtu: Annotated[int | None, typer.Option(metavar="N", help="The MTU of the guest's devices.")] = None,
+    mtu: Annotated[int | None, typer.Option(metavar="N", help="The MTU of its devices, 576 to 65535.")] = None,
     owner: Annotated[str | None, typer.Option(metavar="USER", help="Who may open the tap: a name or a uid.")] = None,
-    queues: Annotated[int | None, typer.Option(metavar="N", help="Queues of a tap.")] = None,
+    queues: Annotated[int | None, typer.Option(metavar="N", help="Queues of a tap, 1 to 256.")] = None,
     json_: Json = False,
     dry_run: DryRun = False,
     verbose: Verbose = False,
