@@ -156,8 +156,10 @@ class Engine:
                     raise _Overtaken
                 with _unless_overtaken(store, new):
                     store.allocate(requests, pool=self.settings.pool, created=now)
-                self._create_or_undo(store, names, [spec.name for spec in new])
-                self._names.write(store)
+                try:
+                    self._create_or_undo(store, names, [spec.name for spec in new])
+                finally:
+                    self._names.write(store)  # those undone too: another process may have written them
         except (VmnetError, OSError):
             if carved:
                 with self._locks.host(shared=False):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from vmnet.model import Conflict, KernelRefused, Lease, VmnetError
 from vmnet.ops import AddTun, AddVeth, Op, WriteNames
-from vmnet.plan import Guest, desire, plan_guest, plan_removal
+from vmnet.plan import Guest, GuestView, desire, plan_guest, plan_removal
 from vmnet.platform import Platform, Refusal, Report
 from vmnet.settings import Settings
 from vmnet.store import Store
@@ -76,7 +76,7 @@ class Guests:
                     continue
                 if ops:
                     plans.append((lease, ops))
-            self._learn_netns(store, left, problems)
+            self._learn_netns(store, [lease for lease in left if lease.name not in problems], views)
             if not plans:
                 return problems
             if attempt == ATTEMPTS - 1:
@@ -94,14 +94,12 @@ class Guests:
             left = [lease for lease, _ in plans if lease.name not in problems]
         return problems
 
-    def _learn_netns(self, store: Store, leases: Sequence[Lease], problems: Mapping[str, VmnetError]) -> None:
-        """Record which namespaces the owned ones are, now that they are there."""
+    def _learn_netns(self, store: Store, leases: Sequence[Lease], views: Mapping[str, GuestView]) -> None:
+        """Record which namespaces the owned ones are, now that they were seen to be the guests'."""
         learnt = {}
         for lease in leases:
-            if lease.name in problems or not (lease.netns and lease.netns.owned):
-                continue
-            found = self.platform.identify(lease.netns.path)
-            if found and found != lease.netns.identity:
+            found = views[lease.name].netns_id
+            if found and lease.netns and lease.netns.owned and found != lease.netns.identity:
                 learnt[lease.name] = replace(lease.netns, identity=found)
         if learnt:
             store.set_netns(learnt)

@@ -12,7 +12,7 @@ from netaddr import IPNetwork, IPSet
 
 from vmnet import filters
 from vmnet.ipam import gateway_mac
-from vmnet.model import HOST_PART, LOOPBACK, POOL_SPAN, Block, Conflict, Lease
+from vmnet.model import HOST_PART, LOOPBACK, POOL_SPAN, Block, Conflict, Lease, NetnsId
 from vmnet.ops import (
     SCOPE_HOST,
     SCOPE_LINK,
@@ -132,14 +132,16 @@ class Inside:
 class GuestView:
     """A guest as observed. `netns` is none (not a veth), absent, ours (the one recorded) or stranger.
 
-    `inside` is None where the namespace is not there, is not ours, or may not be looked into. `stub`: an absent one's
-    path is an empty file, as a run leaves it that is killed while it makes or deletes a namespace.
+    `inside` is None where the namespace is not there, is not ours, or may not be looked into, `netns_id` which one was
+    seen to be ours. `stub`: an absent one's path is an empty file, as a run leaves it that is killed while it makes or
+    deletes a namespace.
     """
 
     host: Side = field(default_factory=Side)
     netns: str = "none"
     inside: Inside | None = None
     stub: bool = False
+    netns_id: NetnsId | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -458,15 +460,16 @@ def plan_removal(desired: Guest, observed: GuestView, *, keep_netns: bool = Fals
     With `keep_netns` a namespace that vmnet made stays too, and with it what runs in it.
     """
     ops: list[Op] = []
-    link = observed.host.link
-    if link and is_ours(link, desired):
+    link = observed.host.link if observed.host.link and is_ours(observed.host.link, desired) else None
+    if link:
         ops.append(DelLink(HOST, link.name, link.index))
     if desired.peer and (observed.netns == "ours" or observed.stub):
         place = desired.peer.place
         if desired.owned_netns:
             if not keep_netns:
                 ops.append(DelNetns(place))
-        elif observed.inside:
+        elif observed.inside and (link or observed.inside.side.link is None):
+            # Else the device in there is somebody else's, and so is what else there is of ours: another guest's.
             ops += plan_left(place, observed.inside)
     return ops
 

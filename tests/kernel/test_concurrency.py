@@ -10,7 +10,7 @@ from tests.kernel.alive import Guests
 from tests.kernel.net import Laptop, Result, why_no_tap
 from tests.kernel.warm import Warm
 
-CONFLICT, NO_SUCH_GUEST = 4, 3
+REFUSED, NO_SUCH_GUEST, CONFLICT = 1, 3, 4
 FORMS: list[tuple[str, ...]] = [
     ("--kind", "veth"),
     ("--kind", "veth", "--mapped"),
@@ -50,7 +50,7 @@ class Crowd:
     def is_right(self) -> None:
         """Assert that the kernel is as recorded, guests answer, and no two share anything."""
         plan = self.warm.vmnet(self.laptop, "plan", check=False)
-        assert (plan.code, plan.out) == (0, "")
+        assert plan.code == 0, plan.out + plan.err
         guests = self.guests()
         assert {guest["state"] for guest in guests} <= {"up"}
         for key in ("block", "device", "hostname"):
@@ -73,7 +73,8 @@ def crowd(warm: Warm, laptop: Laptop) -> Iterator[Crowd]:
     yield made
     warm.vmnet(laptop, "delete", "--all")
     warm.vmnet(laptop, "restore")
-    assert laptop.snapshot() == before
+    after = laptop.snapshot()
+    assert {key: (before[key], value) for key, value in after.items() if value != before[key]} == {}
 
 
 def _codes(results: Sequence[Result]) -> list[int]:
@@ -105,6 +106,22 @@ def test_of_those_who_want_it_different_one_kind_wins(crowd: Crowd) -> None:
     [web] = crowd.guests()
     assert codes == [0 if mode == f"--{web['mode']}" else CONFLICT for mode in modes]
     crowd.is_right()
+
+
+@pytest.mark.parametrize("wanted", ["--address 127.1.7.2", "--netns shared"])
+def test_of_those_who_want_the_same_thing_one_gets_it(crowd: Crowd, wanted: str) -> None:
+    for _ in range(3):
+        names = [f"g{number}" for number in range(6)]
+        results = crowd.run([("create", name, "--kind", "veth", *wanted.split()) for name in names])
+        winners = [name for name, result in zip(names, results, strict=True) if result.code == 0]
+        assert [guest["name"] for guest in crowd.guests()] == winners
+        assert len(winners) == 1
+        assert set(_codes(results)) <= {0, REFUSED, CONFLICT}
+        crowd.is_right()
+        [late] = crowd.run([("create", "late", "--kind", "veth", *wanted.split())])
+        assert late.code == CONFLICT
+        crowd.is_right()
+        crowd.warm.vmnet(crowd.laptop, "delete", "--all")
 
 
 @pytest.mark.parametrize("form", FORMS, ids=" ".join)

@@ -4,6 +4,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from vmnet.linux import wire
@@ -123,34 +124,32 @@ def observe_guests(places: Places, leases: Sequence[Lease], *, for_removal: bool
                 neighbours=frozenset(tables.neighbours[link.index]),
                 filters=_filters(netlink, link.index),
             )
-        netns, inside = _look_inside(places, lease, for_removal=for_removal)
-        stub = netns == "absent" and lease.netns is not None and is_stub(lease.netns.path)
-        views[lease.name] = GuestView(side, netns, inside, stub)
+        views[lease.name] = _look_inside(GuestView(side), places, lease, for_removal=for_removal)
     return views
 
 
-def _look_inside(places: Places, lease: Lease, *, for_removal: bool) -> tuple[str, Inside | None]:
+def _look_inside(view: GuestView, places: Places, lease: Lease, *, for_removal: bool) -> GuestView:
     if lease.netns is None:
-        return "none", None
+        return view
     path, recorded = lease.netns.path, lease.netns.identity
     try:
         found = identify(path)
         if found is None:
             places.forget(path)
-            return "absent", None
+            return replace(view, netns="absent", stub=is_stub(path))
         if for_removal and lease.netns.owned and found == recorded:
-            return "ours", None
+            return replace(view, netns="ours", netns_id=found)
         netlink = places.open(path, found)
     except ProcessLookupError:
-        return "stranger", None
+        return replace(view, netns="stranger")
     except OSError:
-        return "ours", None  # not for this caller to see: nothing is known against it
+        return replace(view, netns="ours")  # not for this caller to see: nothing is known against it
     if found != recorded:
         lo = link_by_name(netlink, "lo")
         if not (lease.netns.owned and lo and lo.alias == ALIAS_PREFIX + lease.name):
             places.forget(path)
-            return "stranger", None
-    return "ours", observe_inside(netlink)
+            return replace(view, netns="stranger")
+    return replace(view, netns="ours", inside=observe_inside(netlink), netns_id=found)
 
 
 def observe_inside(netlink: Netlink) -> Inside:
