@@ -80,7 +80,8 @@ class Vmnet(Method):
 
     def command(self, *words: str) -> Command:
         """Return a call of vmnet in this laptop."""
-        return Command([sys.executable, str(_SOURCES / "vmnet" / "__main__.py"), *words], environment=self.environment)
+        # -P: the folder of that file, which has modules called as some of the standard library, is not looked into.
+        return Command([sys.executable, "-P", str(_SOURCES / "vmnet" / "__main__.py"), *words], environment=self.environment)
 
     def prepare(self) -> None:
         self.laptop.run(self.command("carve"))
