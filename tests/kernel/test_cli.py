@@ -592,6 +592,7 @@ def test_exec_says_why_it_cannot(laptop: Laptop, run: Run, tap: None) -> None:
         (["web", "--", "/run/script"], 126, "/run/script cannot be run: Exec format error"),
         (["vm", "--", "true"], 4, "vm is a tap: it is in no network namespace of this host"),
         (["nope", "--", "true", "--json"], 3, "there is no guest nope"),
+        (["nope", "true", "--json"], 3, "there is no guest nope"),
         (["NOPE", "--", "true"], 2, "'NOPE' is not a guest name"),
         (["web", "--"], 2, "no command is given"),
         (["web"], 2, "Missing argument"),
