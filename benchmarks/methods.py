@@ -81,7 +81,9 @@ class Vmnet(Method):
     def command(self, *words: str) -> Command:
         """Return a call of vmnet in this laptop."""
         # -P: the folder of that file, which has modules called as some of the standard library, is not looked into.
-        return Command([sys.executable, "-P", str(_SOURCES / "vmnet" / "__main__.py"), *words], environment=self.environment)
+        return Command(
+            [sys.executable, "-P", str(_SOURCES / "vmnet" / "__main__.py"), *words], environment=self.environment
+        )
 
     def prepare(self) -> None:
         self.laptop.run(self.command("carve"))
