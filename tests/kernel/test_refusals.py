@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import shutil
 import sqlite3
 import sys
@@ -26,10 +27,15 @@ def warm() -> Iterator[Warm]:
         yield made
 
 
+def settle(laptop: Laptop) -> None:
+    """Wait for what a new device still does by itself, so that two looks do not differ by that."""
+    assert wait_until(lambda: not re.search("tentative|LOWERLAYERDOWN", laptop.run("ip", "addr")))
+
+
 @pytest.fixture
 def run(warm: Warm, laptop: Laptop) -> Run:
     """Run vmnet in the laptop, as `laptop.vmnet` does, without waiting for Python's start."""
-    assert wait_until(lambda: "tentative" not in laptop.run("ip", "-6", "addr"))  # or two looks would differ
+    settle(laptop)
 
     def run_(*args: str, check: bool = True, strace: tuple[str, ...] = ()) -> Result:
         return warm.vmnet(laptop, *args, check=check, strace=strace)
@@ -551,6 +557,7 @@ def test_somebody_elses_part_of_the_shadow_stops_the_first_carve(laptop: Laptop,
         laptop.run("ip", "route", "add", "247.5.0.0/16", "dev", "other")
     else:
         laptop.run("ip", "addr", "add", "247.5.0.1/16", "dev", "other")
+    settle(laptop)
     with unchanged(laptop):
         for args in (["create", "web", "--kind", "veth"], ["carve"], ["up"], ["plan"], ["carve", "--dry-run"]):
             refused = run(*args, check=False)
