@@ -149,13 +149,27 @@ def block_of(address: IPAddress) -> Block:
     return Block(number)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class NetnsId:
-    """Which network namespace a path led to: device and inode of its nsfs file, and the boot they belong to."""
+    """Which network namespace a path led to: device and inode of its nsfs file, and the boot they belong to.
+
+    The kernel gives the inode's number again as soon as the namespace is gone, its `cookie` never; None, where the
+    caller may not ask or the kernel has none, equals any.
+    """
 
     device: int
     inode: int
     boot_id: str
+    cookie: int | None = None
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, NetnsId):
+            return NotImplemented
+        same = (self.device, self.inode, self.boot_id) == (other.device, other.inode, other.boot_id)
+        return same and (self.cookie == other.cookie or None in (self.cookie, other.cookie))
+
+    def __hash__(self) -> int:
+        return hash((self.device, self.inode, self.boot_id))
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,8 +54,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         """CREATE TABLE lease (
             block INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, mode TEXT NOT NULL, mac TEXT,
             mtu INTEGER NOT NULL, owner INTEGER NOT NULL, queues INTEGER NOT NULL, netns_path TEXT,
-            netns_owned INTEGER, netns_device INTEGER, netns_inode INTEGER, netns_boot_id TEXT, wish TEXT NOT NULL,
-            created TEXT NOT NULL) STRICT""",
+            netns_owned INTEGER, netns_device INTEGER, netns_inode INTEGER, netns_boot_id TEXT, netns_cookie INTEGER,
+            wish TEXT NOT NULL, created TEXT NOT NULL) STRICT""",
         # Who has a name in the hosts file: asked for by each create and delete.
         "CREATE INDEX lease_up ON lease (block, name) WHERE wish = 'up'",
         # What the pool last used allows, reservations taken off; and the part of it that nobody ever had.
@@ -293,10 +293,10 @@ class Store:
 
 _COLUMNS = (
     "block, name, kind, mode, mac, mtu, owner, queues,"
-    " netns_path, netns_owned, netns_device, netns_inode, netns_boot_id, wish, created"
+    " netns_path, netns_owned, netns_device, netns_inode, netns_boot_id, netns_cookie, wish, created"
 )
-_INSERT_LEASE = f"INSERT INTO lease ({_COLUMNS}) VALUES ({', '.join('?' * 15)})"
-_NETNS_SET = "netns_path = ?, netns_owned = ?, netns_device = ?, netns_inode = ?, netns_boot_id = ?"
+_INSERT_LEASE = f"INSERT INTO lease ({_COLUMNS}) VALUES ({', '.join('?' * 16)})"
+_NETNS_SET = "netns_path = ?, netns_owned = ?, netns_device = ?, netns_inode = ?, netns_boot_id = ?, netns_cookie = ?"
 _IS_ALLOCATABLE = "coalesce((SELECT hi > {0} FROM allocatable WHERE lo <= {0} ORDER BY lo DESC LIMIT 1), 0)"
 
 
@@ -432,15 +432,16 @@ def _new_lease(request: LeaseRequest, block: Block, created: str) -> Lease:
     )
 
 
-_NetnsRow: TypeAlias = tuple[str | None, bool | None, int | None, int | None, str | None]
+_NetnsRow: TypeAlias = tuple[str | None, bool | None, int | None, int | None, str | None, int | None]
 
 
 def _netns_row(netns: Netns | None) -> _NetnsRow:
     if netns is None:
-        return None, None, None, None, None
-    if netns.identity is None:
-        return netns.path, netns.owned, None, None, None
-    return netns.path, netns.owned, netns.identity.device, netns.identity.inode, netns.identity.boot_id
+        return None, None, None, None, None, None
+    which = netns.identity
+    if which is None:
+        return netns.path, netns.owned, None, None, None, None
+    return netns.path, netns.owned, which.device, which.inode, which.boot_id, which.cookie
 
 
 def _lease_row(lease: Lease) -> tuple[object, ...]:
@@ -449,10 +450,10 @@ def _lease_row(lease: Lease) -> tuple[object, ...]:
 
 
 def _lease(row: tuple[object, ...]) -> Lease:
-    block, name, kind, mode, mac, mtu, owner, queues, path, owned, device, inode, boot_id, wish, created = row
+    block, name, kind, mode, mac, mtu, owner, queues, path, owned, *which, wish, created = row
     netns = None
     if path is not None:
-        identity = None if inode is None else NetnsId(device, inode, boot_id)  # type: ignore[arg-type]
+        identity = None if which[0] is None else NetnsId(*which)  # type: ignore[arg-type]
         netns = Netns(path, bool(owned), identity)  # type: ignore[arg-type]
     return Lease(name, Block(block), kind, mode, mac, mtu, owner, queues, netns, wish, created)  # type: ignore[arg-type]
 

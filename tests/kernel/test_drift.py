@@ -338,6 +338,35 @@ def test_a_namespace_that_is_not_the_guests_is_never_entered(form: str, warm: Wa
     assert shown() == before
 
 
+# Waits for the inode's number to be free again, then takes numbers until it comes, and puts that namespace in its place.
+SAME_NUMBER = """
+number=$(stat -Lc %i /run/netns/g); ip netns del g
+for i in $(seq 300); do
+  ip netns add x$i
+  [ "$(stat -Lc %i /run/netns/x$i)" = "$number" ] || continue
+  touch /run/netns/g; mount --bind /run/netns/x$i /run/netns/g; exit 0
+done
+exit 1
+"""
+
+
+@pytest.mark.parametrize("owned", [True, False], ids=["owned", "premade"])
+def test_a_namespace_that_got_the_number_of_the_guests_is_not_the_guests(owned: bool, warm: Warm, lab: Lab) -> None:
+    laptop = lab.laptop
+    if not owned:
+        laptop.run("ip", "netns", "add", "g")
+    warm.vmnet(laptop, "create", "g", "--netns", "g")
+    if laptop.execute("sh", "-c", SAME_NUMBER).code:
+        pytest.skip("the kernel has not given the number of the namespace again")
+    shown = laptop.run("ip", "-n", "g", "-d", "addr")
+    assert warm.vmnet(laptop, "list", "--json").json[0]["state"] == "down"
+    failed = warm.vmnet(laptop, "up", check=False)
+    assert failed.code == CONFLICT
+    assert "another network namespace" in failed.err
+    warm.vmnet(laptop, "delete", "g")
+    assert laptop.run("ip", "-n", "g", "-d", "addr") == shown
+
+
 def test_a_namespace_of_others_that_is_gone_is_missed(warm: Warm, lab: Lab) -> None:
     scene = Scene(warm, lab, "veth-native")
     scene.laptop.run("ip", "netns", "add", "pre")

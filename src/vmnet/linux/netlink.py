@@ -9,6 +9,7 @@ import errno
 import os
 import socket
 import struct
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -29,7 +30,7 @@ _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _NLM_F_ACK_TLVS, _NLM_F_CAPPED = 0x200, 0x100
 _NLMSGERR_ATTR_MSG = 1
 _SOL_NETLINK, _NETLINK_CAP_ACK, _NETLINK_EXT_ACK, _NETLINK_GET_STRICT_CHK = 270, 10, 11, 12
-_SO_RCVBUFFORCE = 33
+_SO_RCVBUFFORCE, _SO_NETNS_COOKIE = 33, 71  # include/uapi/asm-generic/socket.h
 _NESTED = 0x8000
 _SEND_LIMIT = 64 * 1024
 # The kernel builds dumps in pieces of 32 KiB at most; a larger buffer is mapped anew for each call.
@@ -97,6 +98,14 @@ class Failure(NamedTuple):
         return f"{name} ({self.words})" if self.words else name
 
 
+def netns_cookie(inside: socket.socket) -> int | None:
+    """Return the number that the kernel gives a socket's namespace and no other of this boot, since Linux 5.14."""
+    try:
+        return int.from_bytes(inside.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8), sys.byteorder)
+    except OSError:
+        return None
+
+
 class Netlink:
     """A socket to the routing tables of the namespace in which it was opened (it stays there)."""
 
@@ -109,6 +118,11 @@ class Netlink:
         except PermissionError:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         self._sequence = 0
+
+    @property
+    def netns_cookie(self) -> int | None:
+        """What tells the namespace of the socket from all others of this boot."""
+        return netns_cookie(self._socket)
 
     def close(self) -> None:
         """Close the socket."""

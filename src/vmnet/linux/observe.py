@@ -133,13 +133,14 @@ def _look_inside(view: GuestView, places: Places, lease: Lease, *, for_removal: 
         return view
     path, recorded = lease.netns.path, lease.netns.identity
     try:
-        found = identify(path)
+        found = identify(path, closely=for_removal)
         if found is None:
             places.forget(path)
             return replace(view, netns="absent", stub=is_stub(path))
         if for_removal and lease.netns.owned and found == recorded:
             return replace(view, netns="ours", netns_id=found)
         netlink = places.open(path, found)
+        found = replace(found, cookie=netlink.netns_cookie)
     except ProcessLookupError:
         return replace(view, netns="stranger")
     except OSError:

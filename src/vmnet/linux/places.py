@@ -6,6 +6,7 @@ Entering one takes setns(2) of the calling thread and back; a socket opened in b
 import ctypes
 import fcntl
 import os
+import socket
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
-from vmnet.linux.netlink import RTM_SETLINK, Message, Netlink, text
+from vmnet.linux.netlink import RTM_SETLINK, Message, Netlink, netns_cookie, text
 from vmnet.linux.wire import IFF_UP, link_header
 from vmnet.model import KernelRefused, NetnsId
 
@@ -63,31 +64,48 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def identify(path: str) -> NetnsId | None:
+def identify(path: str, *, closely: bool = True) -> NetnsId | None:
     """Return which network namespace `path` leads to, or None where it leads to none, or to one of another kind.
 
-    Raises PermissionError where the caller may not look.
+    Without `closely`, which takes as long as opening a socket inside, it has no cookie. Raises PermissionError where
+    the caller may not look.
     """
     try:
         found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError, ProcessLookupError):
         return None
     own = os.stat(_OWN)
-    if found.st_dev != own.st_dev or not stat.S_ISREG(found.st_mode) or not _is_network(path):
+    if found.st_dev != own.st_dev or not stat.S_ISREG(found.st_mode):
         return None
-    return NetnsId(found.st_dev, found.st_ino, boot_id())
-
-
-def _is_network(path: str) -> bool:
-    """Say whether a namespace is one of a network (ioctl_ns(2)), as far as the caller may ask."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        return True
+        return NetnsId(found.st_dev, found.st_ino, boot_id())
     try:
-        return fcntl.ioctl(handle, _NS_GET_NSTYPE) == CLONE_NEWNET
+        found = os.fstat(handle)
+        if fcntl.ioctl(handle, _NS_GET_NSTYPE) != CLONE_NEWNET:  # ioctl_ns(2)
+            return None
+        return NetnsId(found.st_dev, found.st_ino, boot_id(), _cookie(handle) if closely else None)
     finally:
         os.close(handle)
+
+
+def _cookie(handle: int) -> int | None:
+    """Return the cookie of a namespace, if one may ask."""
+    home = os.open(_OWN, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            setns(handle, CLONE_NEWNET)
+        except OSError:
+            return None
+        try:
+            inside = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        finally:
+            setns(home, CLONE_NEWNET)
+        with inside:
+            return netns_cookie(inside)
+    finally:
+        os.close(home)
 
 
 def owned_from_here(path: str = _OWN) -> bool:
@@ -127,8 +145,8 @@ class Places:
 
     def close(self) -> None:
         """Close all sockets and handles."""
-        for socket in self._sockets.values():
-            socket.close()
+        for netlink in self._sockets.values():
+            netlink.close()
         for handle in [self._home, *self._handles.values()]:
             os.close(handle)
 
@@ -188,11 +206,11 @@ class Places:
         unshare(CLONE_NEWNET)
         try:
             handle = os.open(_OWN, os.O_RDONLY | os.O_CLOEXEC)
-            socket = Netlink()
+            netlink = Netlink()
         finally:
             setns(self._home, CLONE_NEWNET)
         header = link_header(index=1, flags=IFF_UP, change=IFF_UP)
-        failures = socket.send([Message(RTM_SETLINK, 0, header + text(_IFLA_IFALIAS, alias))])
+        failures = netlink.send([Message(RTM_SETLINK, 0, header + text(_IFLA_IFALIAS, alias))])
         try:
             if failures:
                 raise KernelRefused(f"lo of a new namespace cannot be set up: {failures[0]}")
@@ -204,10 +222,10 @@ class Places:
                     raise KernelRefused(f"{path} came into being meanwhile") from None
             mount(f"/proc/self/fd/{handle}", path, None, _MS_BIND)
         except (OSError, KernelRefused):
-            socket.close()
+            netlink.close()
             os.close(handle)
             raise
-        self._sockets[path] = socket
+        self._sockets[path] = netlink
         self._handles[path] = handle
 
     def delete(self, path: str) -> None:
