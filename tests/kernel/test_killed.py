@@ -309,7 +309,7 @@ def test_a_healing_that_is_killed_too_is_put_right(
     if kind in ("tap", "tun") and (reason := why_no_tap()):
         pytest.skip(reason)
     scenario = Scenario(CREATE[kind])
-    size = 12 if pytestconfig.getoption("--long") else 2
+    size = 6 if pytestconfig.getoption("--long") else 2
     with _crash(warm, tmp_path / "trace", scenario) as crash:
         firsts = _sample(crash.points(*scenario.command), size, f"first {kind}")
     for first in firsts:
