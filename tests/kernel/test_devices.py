@@ -2,8 +2,10 @@
 
 import fcntl
 import os
+import shutil
 import struct
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,3 +89,17 @@ def test_a_guests_own_index_may_be_taken_too(laptop: Laptop) -> None:
     laptop.vmnet("create", "vm", "--netns", "there")
     assert laptop.vmnet("plan").out == ""
     assert "other" in laptop.run("ip", "-n", "there", "link")
+
+
+def test_whoever_cannot_leave_a_guests_namespace_ends_there(laptop: Laptop) -> None:
+    """What came next would be done to the wrong host."""
+    if not shutil.which("strace"):
+        pytest.skip("strace is missing: bin/test installs it")
+    laptop.vmnet("carve")
+    barred = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=setns", "-e", "inject=setns:error=EPERM:when=1"]
+    done = laptop.execute(*barred, sys.executable, "-m", "vmnet", "create", "web", "--kind", "veth")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("vmnet: the way back into the host's network namespace is barred")
+    laptop.vmnet("up")
+    assert laptop.vmnet("plan").out == ""
+    assert laptop.vmnet("list", "--json").json[0]["state"] == "up"

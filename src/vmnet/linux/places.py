@@ -8,6 +8,7 @@ import fcntl
 import os
 import socket
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -195,7 +196,14 @@ class Places:
         try:
             return do()
         finally:
+            self._go_home()
+
+    def _go_home(self) -> None:
+        try:
             setns(self._home, CLONE_NEWNET)
+        except OSError as error:
+            # In a guest's namespace whatever came next would hit the wrong host: nothing may come next.
+            sys.exit(f"vmnet: the way back into the host's network namespace is barred: {error.strerror}")
 
     def make(self, path: str, alias: str) -> None:
         """Make a namespace at `path`, its lo up and marked with `alias` before the path leads to it.
@@ -208,7 +216,7 @@ class Places:
             handle = os.open(_OWN, os.O_RDONLY | os.O_CLOEXEC)
             netlink = Netlink()
         finally:
-            setns(self._home, CLONE_NEWNET)
+            self._go_home()
         header = link_header(index=1, flags=IFF_UP, change=IFF_UP)
         failures = netlink.send([Message(RTM_SETLINK, 0, header + text(_IFLA_IFALIAS, alias))])
         try:
