@@ -338,7 +338,7 @@ def test_a_namespace_that_is_not_the_guests_is_never_entered(form: str, warm: Wa
     assert shown() == before
 
 
-# Waits for the inode's number to be free again, then takes numbers until it comes, and puts that namespace in its place.
+# Takes numbers of inodes until the freed one comes again, and puts that namespace in its place.
 SAME_NUMBER = """
 number=$(stat -Lc %i /run/netns/g); ip netns del g
 for i in $(seq 300); do
