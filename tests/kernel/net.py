@@ -46,6 +46,7 @@ from typing import IO, Any, Self
 import pytest
 
 import vmnet
+from tests.conftest import is_real_root
 from tests.kernel.machine import Loop, Machine, new_namespace
 
 FORMS = {
@@ -84,6 +85,12 @@ def why_not() -> str | None:
 def why_no_tap() -> str | None:
     """Say why no tap or tun can be made here, or None when one can."""
     return None if os.access("/dev/net/tun", os.R_OK | os.W_OK) else "/dev/net/tun is not ours to open"
+
+
+def need_own_etc() -> None:
+    """Skip where the files of the laptop's /etc cannot be written: in a user namespace their owner has no number."""
+    if not is_real_root():
+        pytest.skip("needs the machine's own root, to write files of /etc")
 
 
 @dataclass(frozen=True, slots=True)

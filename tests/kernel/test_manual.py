@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.net import Laptop
+from tests.kernel.net import Laptop, need_own_etc
 
 ROOT = Path(__file__).parents[2]
 SESSIONS = [
@@ -33,6 +33,7 @@ def session(page: str, number: int) -> list[tuple[str, list[str]]]:
 @pytest.fixture
 def shell(laptop: Laptop) -> Laptop:
     """A laptop on which `vmnet` and `sudo` are commands, whose hosts file is the one that programs read."""
+    need_own_etc()
     commands = laptop.folder / "bin"
     commands.mkdir()
     for name, line in (("vmnet", f'exec {sys.executable} -m vmnet "$@"'), ("sudo", 'exec "$@"')):

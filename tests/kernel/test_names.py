@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.kernel.net import Laptop
+from tests.kernel.net import Laptop, need_own_etc
 from tests.kernel.warm import Warm
 
 VETH = ("--kind", "veth")
@@ -30,6 +30,7 @@ def warm() -> Iterator[Warm]:
 @pytest.fixture(params=["a file", "a mount"])
 def hosts(request: pytest.FixtureRequest, laptop: Laptop) -> Laptop:
     """The laptop with its hosts file as /etc/hosts: a file of its own, or mounted there as container engines do."""
+    need_own_etc()
     laptop.path("/etc/nsswitch.conf").write_text("hosts: files\n")
     if request.param == "a mount":
         laptop.run("mount", "--bind", str(laptop.hosts_file), "/etc/hosts")
@@ -165,6 +166,7 @@ def test_without_a_hosts_file_none_is_kept(laptop: Laptop, warm: Warm) -> None:
 
 def test_the_name_of_a_guest_is_its_own(laptop: Laptop, warm: Warm) -> None:
     """Names that are lines of their own in the file, such as localhost, are other names: the domain follows."""
+    need_own_etc()
     warm.vmnet(laptop, "create", "localhost", "laptop", *VETH)
     laptop.path("/etc/nsswitch.conf").write_text("hosts: files\n")
     laptop.path("/etc/hosts").write_bytes(laptop.hosts_file.read_bytes())

@@ -622,6 +622,7 @@ def test_a_full_disk_is_told_and_costs_nothing(
         assert run("show", "web", "--json").json == made
 
 
+@pytest.mark.root
 def test_a_read_only_disk_is_told_and_restore_does_without(
     laptop: Laptop, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
