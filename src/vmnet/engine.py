@@ -35,7 +35,7 @@ from vmnet.plan import GuestView, plan_guest
 from vmnet.platform import Platform, Report
 from vmnet.settings import Paths, Settings
 from vmnet.specs import Asking, GuestSpec
-from vmnet.store import HostRecord, RecordsUnreadable, Store
+from vmnet.store import RecordsUnreadable, Store
 
 # Each time somebody else got further: this many in a row are no coincidence.
 _RUNS = 64
@@ -350,7 +350,7 @@ class Engine:
                 if store:
                     try:
                         store.set_wish([one.name for one in leases if one.wish == "up"], "down", gone_ok=True)
-                        store.set_host(HostRecord("down", self._here.boot_id, self._here.device, self._here.inode))
+                        store.set_host(self._host.record("down"))
                     except KernelRefused as error:
                         store, unwritten = None, self._go_on_without(error)
                 problems = self._guests.take_down(leases, keep_netns=False)

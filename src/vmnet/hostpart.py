@@ -11,7 +11,7 @@ from vmnet.found import forget_found, load_found, save_found
 from vmnet.guests import ATTEMPTS, apply_all
 from vmnet.ipam import Pool, blocks_touching, holds
 from vmnet.locks import Locks
-from vmnet.model import LOOPBACK, POOL_SPAN, Conflict, HostLacks, KernelRefused, NetnsId, VmnetError
+from vmnet.model import LOOPBACK, POOL_SPAN, Conflict, HostLacks, KernelRefused, NetnsId, VmnetError, Wish
 from vmnet.ops import Op
 from vmnet.plan import Found, HostWish, guess_found, kept_local, plan_host, plan_host_removal, without
 from vmnet.platform import Platform, Report
@@ -46,11 +46,15 @@ class HostPart:
         record = store.host()
         return record is not None and record.wish == "up"
 
+    def record(self, wish: Wish) -> HostRecord:
+        """Return the record that this host is to be so."""
+        return HostRecord(wish, self.here.boot_id, self.here.device, self.here.inode)
+
     def undo(self, store: Store, before: HostRecord | None = None) -> None:
         """Undo a first carve, which came to nothing; the caller holds the host part, and raises the cause."""
         try:
             self.remove()
-            store.set_host(before or HostRecord("down", self.here.boot_id, self.here.device, self.here.inode))
+            store.set_host(before or self.record("down"))
         except VmnetError as error:
             self.report.warn(error.message)
 
@@ -101,10 +105,10 @@ class HostPart:
     def ensure(self, store: Store) -> bool:
         """Make the host part as it is to be; say whether it was not there at all. Others wait meanwhile."""
         with self.locks.host(shared=True):
-            if self.is_wished_up(store) and load_found(self.paths.run, self.here):
-                found = load_found(self.paths.run, self.here)
-                if not plan_host(self._wish(store, store.reservations(), found), self.platform.observe_host()):
-                    return False
+            found = load_found(self.paths.run, self.here)
+            wish = self._wish(store, store.reservations(), found) if found and self.is_wished_up(store) else None
+            if wish and not plan_host(wish, self.platform.observe_host()):
+                return False
         with self.locks.host(shared=False):
             found = load_found(self.paths.run, self.here)
             fresh = found is None
@@ -116,7 +120,7 @@ class HostPart:
             if fresh:
                 store.replace_reservations(reservations)
                 save_found(self.paths.run, self.here, found)
-            store.set_host(HostRecord("up", self.here.boot_id, self.here.device, self.here.inode))
+            store.set_host(self.record("up"))
             try:
                 self._make(wish)
             except (VmnetError, OSError):

@@ -1,7 +1,6 @@
 """What the engine sees of Linux: one object that observes, applies, and knows namespaces."""
 
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -110,11 +109,6 @@ class LinuxPlatform:
     def execute(self, path: str, expected: NetnsId | None, argv: Sequence[str]) -> NoReturn:
         """Become `argv` inside the namespace at `path`."""
         enter.execute(path, expected, argv)
-
-    @staticmethod
-    def missing_program() -> str | None:
-        """Return the name of a program that is needed and missing, or None."""
-        return None if shutil.which("nft", path="/usr/sbin:/usr/bin:/sbin:/bin") else "nft"
 
 
 def _has_capabilities() -> bool:
