@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.kernel import net
-from tests.kernel.machine import Machine
+from tests.kernel.machine import Machine, wait_until
+from tests.kernel.warm import Warm
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +51,16 @@ def tap(_namespaces: str | None) -> None:
     reason = net.why_no_tap()
     if reason is not None:
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def warm() -> Iterator[Warm]:
+    """Run vmnet's command line by a fork of one that has started already."""
+    with Warm() as made:
+        yield made
+
+
+@pytest.fixture
+def settled(laptop: net.Laptop) -> None:
+    """Wait for the laptop's own IPv6 address, which comes late on a busy machine: two looks would differ."""
+    wait_until(lambda: laptop.run("ip", "-6", "addr", "show", "wlan0", "scope", "link", "-tentative") != "")

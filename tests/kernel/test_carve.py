@@ -9,7 +9,7 @@ import shutil
 import socket
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -35,16 +35,7 @@ _HOST = 254
 Attributes: TypeAlias = tuple[tuple[str, object], ...]
 
 
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Warm]:
-    with Warm() as made:
-        yield made
-
-
-@pytest.fixture(autouse=True)
-def _settled(laptop: Laptop) -> None:
-    """Wait for the laptop's own IPv6 address, which comes late on a busy machine: two looks would differ."""
-    wait_until(lambda: laptop.run("ip", "-6", "addr", "show", "wlan0", "scope", "link", "-tentative") != "")
+pytestmark = pytest.mark.usefixtures("settled")
 
 
 class Prober:

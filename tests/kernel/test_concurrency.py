@@ -18,12 +18,6 @@ FORMS: list[tuple[str, ...]] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Warm]:
-    with Warm() as made:
-        yield made
-
-
 class Crowd:
     """Runs commands in one laptop, many at once."""
 

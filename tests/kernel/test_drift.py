@@ -6,7 +6,7 @@ Each row of the tables is one such deed. After it, a guest that it was not about
 
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -238,12 +238,6 @@ def _cases(drifts: list[Drift], forms: tuple[str, ...]) -> list[Any]:
             marks = () if place == number % len(possible) else pytest.mark.long
             cases.append(pytest.param(form, drift, id=f"{form}-{drift.name}", marks=marks))
     return cases
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Warm]:
-    with Warm() as made:
-        yield made
 
 
 def _skip_unless_possible(form: str) -> None:

@@ -105,12 +105,6 @@ def _scenarios() -> dict[str, Scenario]:
 SCENARIOS = _scenarios()
 
 
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Warm]:
-    with Warm() as made:
-        yield made
-
-
 @pytest.fixture(autouse=True)
 def _strace(_namespaces: str | None) -> None:
     if _namespaces is not None:

@@ -3,8 +3,6 @@
 Programs are asked through getaddrinfo in the laptop, whose /etc/hosts is the very file that vmnet keeps.
 """
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.kernel.net import Laptop, need_own_etc
@@ -19,12 +17,6 @@ ORIGINALS = {
     "a block without guests": b"127.0.0.1 localhost\n# BEGIN someone\n10.0.0.1 a\n# END someone\n",
 }
 NO_NEWLINE = [("no final newline", end) for end in ("delete g", "down g", "down", "restore")]
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Warm]:
-    with Warm() as made:
-        yield made
 
 
 @pytest.fixture(params=["a file", "a mount"])

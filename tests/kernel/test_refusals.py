@@ -21,12 +21,6 @@ from vmnet.store import Store
 Run = Callable[..., Result]
 
 
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Warm]:
-    with Warm() as made:
-        yield made
-
-
 def settle(laptop: Laptop) -> None:
     """Wait for what a new device still does by itself, so that two looks do not differ by that."""
     assert wait_until(lambda: not re.search("tentative|LOWERLAYERDOWN", laptop.run("ip", "addr")))

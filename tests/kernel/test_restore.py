@@ -7,13 +7,12 @@ tc, the names of namespaces and the hosts file. What others did meanwhile must s
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
 import pytest
 
-from tests.kernel.machine import wait_until
 from tests.kernel.net import FORMS, Laptop, why_no_tap
 from tests.kernel.warm import Warm
 
@@ -24,16 +23,7 @@ _NETNS_ID = re.compile(r" \(id: \d+\)")
 MASQUERADE = "table ip others { chain post { type nat hook postrouting priority 100; oifname wlan0 masquerade; }; }"
 
 
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Warm]:
-    with Warm() as made:
-        yield made
-
-
-@pytest.fixture(autouse=True)
-def _settled(laptop: Laptop) -> None:
-    """Wait for the laptop's own IPv6 address, which comes late on a busy machine: two looks would differ."""
-    wait_until(lambda: laptop.run("ip", "-6", "addr", "show", "wlan0", "scope", "link", "-tentative") != "")
+pytestmark = pytest.mark.usefixtures("settled")
 
 
 def inside(laptop: Laptop, name: str) -> dict[str, str]:

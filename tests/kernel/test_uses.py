@@ -6,7 +6,7 @@ vmnet cannot do without makes the carve refuse, with exit code 4 and the list of
 
 import json
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,16 +22,7 @@ UNMERGED = ("rule add pref 100 lookup main",)
 CONFLICT = 4
 
 
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Warm]:
-    with Warm() as made:
-        yield made
-
-
-@pytest.fixture(autouse=True)
-def _settled(laptop: Laptop) -> None:
-    """Wait for the laptop's own IPv6 address, which comes late on a busy machine: two looks would differ."""
-    wait_until(lambda: laptop.run("ip", "-6", "addr", "show", "wlan0", "scope", "link", "-tentative") != "")
+pytestmark = pytest.mark.usefixtures("settled")
 
 
 Open = Callable[[Laptop], list[socket.socket]]
