@@ -62,6 +62,8 @@ _KEPT_LOCAL = ("127.0.0.0/16", "127.64.0.0/10", "127.128.0.0/9")
 
 Conf: TypeAlias = dict[str, int]
 HOST_CONF: Conf = {"route_localnet": 0, "accept_local": 0, "forwarding": 1, "rp_filter": 1}
+# Nothing of ours depends on it, and udev and systemd-sysctl write theirs soon after a device has come up.
+_SET_ONCE = "rp_filter"
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,7 +367,11 @@ def _plan_host_side(desired: Guest, link: Link, observed: Side) -> list[Op]:
     )  # fmt: skip
     if change != SetLink(HOST, name, index):
         ops.append(change)
-    values = tuple((key, value) for key, value in wanted.conf.items() if link.conf.get(key) != value)
+    values = tuple(
+        (key, value)
+        for key, value in wanted.conf.items()
+        if link.conf.get(key) != value and (key != _SET_ONCE or key not in link.conf)
+    )
     if values:
         ops.append(SetConf(HOST, name, index, values))
     hooks = {direction: observed.filters.get(direction) for direction in desired.programs}

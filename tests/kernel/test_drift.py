@@ -177,9 +177,7 @@ DEVICE = [
     Drift("multicast on", ip("link set {device} multicast on")),
     *(
         Drift(f"{key} {value}", sysctl(f"ipv4/conf/{{device}}/{key}", value))
-        for key, value in (
-            ("route_localnet", 1), ("accept_local", 1), ("forwarding", 0), ("rp_filter", 2), ("rp_filter", 0),
-        )
+        for key, value in (("route_localnet", 1), ("accept_local", 1), ("forwarding", 0))
     ),
     Drift("IPv6 on", sysctl("ipv6/conf/{device}/disable_ipv6", 0)),
     Drift("the address lost", ip("addr del {here}/30 dev {device}")),
@@ -256,6 +254,25 @@ def test_drift_is_seen_and_healed(form: str, drift: Drift, warm: Warm, lab: Lab)
     if drift not in HOST:
         scene.talk.goes_on()
     scene.heals()
+
+
+@pytest.mark.parametrize("form", ALL)
+@pytest.mark.parametrize("value", [0, 2])
+def test_the_reverse_path_filter_of_a_device_is_anybodys(form: str, value: int, warm: Warm, lab: Lab) -> None:
+    """Udev and systemd-sysctl write their own on each new device: it is no drift, and nothing depends on it."""
+    _skip_unless_possible(form)
+    scene = Scene(warm, lab, form)
+    key = f"ipv4/conf/{scene.info['device']}/rp_filter"
+    assert lab.laptop.sysctl(key) == "1"
+    lab.laptop.sysctl(key, value)
+    assert scene.state_of("g")["state"] == "up"
+    plan = scene.vmnet("plan", check=False)
+    assert (plan.code, plan.out) == (0, "")
+    assert scene.alive.work(scene.info)
+    # What else is healed on the device leaves it alone, too.
+    lab.laptop.sysctl(key.replace("rp_filter", "forwarding"), 0)
+    scene.heals()
+    assert lab.laptop.sysctl(key) == str(value)
 
 
 # What takes the device away leaves nothing for the others to be done to; one that has lost its alias and has another
