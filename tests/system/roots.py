@@ -29,7 +29,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -60,6 +60,8 @@ debootstrap knows no virtual packages: libpam-systemd stands here for the `login
 NetworkManager, depend on.
 """
 
+_NO_FILES: Mapping[str, str] = {}
+_DPKG_FILE = "etc/dpkg/dpkg.cfg.d/kept"
 # Nothing of the kept systems is ever read by a person.
 _DPKG = """\
 force-unsafe-io
@@ -134,21 +136,23 @@ def made_once(name: str, *recipe: str) -> Iterator[tuple[Path, Path | None]]:
             Path(work, "made").rename(place)
 
 
-def debian_root(name: str, packages: Sequence[str]) -> Path:
+def debian_root(name: str, packages: Sequence[str], files: Mapping[str, str] = _NO_FILES) -> Path:
     """Return the folder of a minimal Debian with `packages`, unpacked and configured; nothing may write to it.
 
+    `files` (path to text) are there when packages are configured, for those that look at their settings then.
     Skips the test where none can be made; `RuntimeError` with the end of the log when a package cannot be configured.
     """
     reason = why_not()
     if reason is not None:
         pytest.skip(reason)
-    with made_once(name, suite(), *sorted(packages), _DPKG, _CONFIGURE) as (place, work):
+    files = {_DPKG_FILE: _DPKG, **files}
+    with made_once(name, suite(), *sorted(packages), repr(sorted(files.items())), _CONFIGURE) as (place, work):
         if work is not None:
-            _bootstrap(work / "made", packages)
+            _bootstrap(work / "made", packages, files)
     return place
 
 
-def _bootstrap(root: Path, packages: Sequence[str]) -> None:
+def _bootstrap(root: Path, packages: Sequence[str], files: Mapping[str, str]) -> None:
     kept = cache() / "packages"
     kept.mkdir(exist_ok=True)
     include = f"--include={','.join(sorted(packages))}"
@@ -156,8 +160,9 @@ def _bootstrap(root: Path, packages: Sequence[str]) -> None:
     fetched = subprocess.run([*fetch, mirror()], capture_output=True, text=True, check=False)
     if fetched.returncode != 0:
         pytest.skip(f"no Debian system: {(fetched.stdout + fetched.stderr).strip().splitlines()[-1]}")
-    (root / "etc/dpkg/dpkg.cfg.d").mkdir(parents=True, exist_ok=True)
-    (root / "etc/dpkg/dpkg.cfg.d/kept").write_text(_DPKG)
+    for path, text in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(text)
     done = subprocess.run(["sh", "-euc", _CONFIGURE, "sh", root], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         log = root / "debootstrap/debootstrap.log"
