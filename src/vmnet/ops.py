@@ -414,6 +414,30 @@ class DelRules(NamedTuple):
         return "nft delete table ip vmnet"
 
 
+class PutRules(NamedTuple):
+    """Give a chain of another firewall the rules `new`, before all others, in place of `old`: both are ours.
+
+    `program` is the iptables that keeps the chain, iptables-nft or iptables-legacy.
+    """
+
+    program: str
+    chain: str
+    old: tuple[str, ...]
+    new: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{'~' if self.new else '-'} rules of ours in {self.chain} of {self.program}"
+
+    def script(self) -> str:
+        """Return what to tell iptables-restore: one transaction."""
+        lines = [f"-D {self.chain} {rule}" for rule in self.old]
+        lines += [f"-I {self.chain} {number} {rule}" for number, rule in enumerate(self.new, 1)]
+        return "\n".join(["*filter", *lines, "COMMIT", ""])
+
+    def command(self) -> str:
+        return f"{self.program}-restore -w -n <<'END'\n{self.script()}END"
+
+
 class WriteNames(NamedTuple):
     """Write the block of guest names in the hosts file: (hostname, address) for each."""
 
@@ -433,5 +457,5 @@ class WriteNames(NamedTuple):
 Op: TypeAlias = (
     AddRoute | DelRoute | AddAddress | DelAddress | PutBackAddress | SetNeighbour | AddNetns | DelNetns | AddVeth
     | AddTun | PersistTun | DelLink | SetLink | SetConf | SetSysctl | AddClsact | DelFilter | SetFilter | LoadRules
-    | DelRules | WriteNames
+    | DelRules | PutRules | WriteNames
 )  # fmt: skip

@@ -11,6 +11,7 @@ from typing import TypeAlias
 from netaddr import IPNetwork, IPSet
 
 from vmnet import filters
+from vmnet.firewalls import Bridge, Chain, plan_chains, plan_chains_removal
 from vmnet.ipam import gateway_mac
 from vmnet.model import HOST_PART, LOOPBACK, POOL_SPAN, Block, Conflict, Lease, NetnsId
 from vmnet.ops import (
@@ -521,13 +522,18 @@ class Use:
 
 @dataclass(frozen=True, slots=True)
 class HostView:
-    """The host part as observed: lo, routes of our protocol, the listing of our table, ip_forward."""
+    """The host part as observed: lo, routes of our protocol, the listing of our table, ip_forward.
+
+    `chains` are those of other firewalls, seen only with rights; `bridges` matter only where there are such chains.
+    """
 
     lo: tuple[LoAddress, ...]
     lo_up: bool
     routes: frozenset[Route]
     listing: str | None
     ip_forward: int
+    chains: tuple[Chain, ...] = ()
+    bridges: tuple[Bridge, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -594,6 +600,7 @@ def plan_host(wish: HostWish, observed: HostView) -> list[Op]:
     ops += [DelRoute(HOST, route, _index(route)) for route in sorted(observed.routes - set(routes), key=str)]
     if wish.listing is not None and observed.listing != wish.listing:
         ops.append(LoadRules(wish.text))
+    ops += plan_chains(observed.chains, observed.bridges)
     if observed.ip_forward != 1:
         ops.append(SetSysctl("net/ipv4/ip_forward", 1))
     return ops + plan_carved_lo(HOST, observed.lo)
@@ -683,7 +690,7 @@ def plan_host_removal(
 
     `now` is how forwarding is at present, where that is known: a run that was killed may have put back half of it.
     """
-    ops: list[Op] = []
+    ops = plan_chains_removal(observed.chains)
     if observed.listing is not None:
         ops.append(DelRules())
     if found or observed.routes:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from netaddr import IPNetwork
 
 from vmnet import filters, ops
+from vmnet.firewalls import Chain
 from vmnet.ops import Op
 from vmnet.plan import HOST, HOST_CONF, Filter, GuestView, HostView, Inside, Link, Side
 
@@ -144,6 +145,8 @@ def on_host(view: HostView, op: Op, listing: str) -> HostView:
             return replace(view, listing=listing)
         case ops.DelRules():
             return replace(view, listing=None)
+        case ops.PutRules():
+            return replace(view, chains=tuple(_with_rules(one, op) for one in view.chains))
         case ops.SetSysctl(key="net/ipv4/ip_forward"):
             return replace(view, ip_forward=op.value)
         case ops.SetSysctl():
@@ -151,3 +154,10 @@ def on_host(view: HostView, op: Op, listing: str) -> HostView:
         case ops.SetLink():
             return replace(view, lo_up=True)
     return replace(view, lo=on_lo_addresses(view.lo, op))
+
+
+def _with_rules(chain: Chain, op: ops.PutRules) -> Chain:
+    if (chain.program, chain.name) != (op.program, op.chain):
+        return chain
+    assert chain.rules == op.old, "iptables refuses to delete what is not there"
+    return chain._replace(rules=op.new)

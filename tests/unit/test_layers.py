@@ -13,14 +13,15 @@ ALLOWED: dict[str, set[str]] = {
     "ipam": {"model"},
     "filters": {"model"},
     "ops": {"filters"},
-    "plan": {"filters", "ipam", "model", "ops"},
+    "firewalls": {"ops"},
+    "plan": {"filters", "firewalls", "ipam", "model", "ops"},
     "rules": {"plan"},
     "settings": {"ipam", "model", "plan"},
     "store": {"ipam", "model"},
     "hostsfile": {"model"},
     "found": {"model", "ops", "plan"},
     "locks": {"model"},
-    "linux": {"filters", "linux", "model", "ops", "plan", "hostsfile"},
+    "linux": {"filters", "firewalls", "linux", "model", "ops", "plan", "hostsfile"},
     "platform": {"model", "ops", "plan"},
     "specs": {"model", "platform", "settings", "store"},
     "names": {"hostsfile", "model", "ops", "plan", "platform", "settings", "store"},
@@ -35,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {"", "cli", "engine", "linux", "model", "ops", "plan", "settings", "specs"},
     "__main__": {"cli"},
 }  # fmt: skip
-PURE = {"model", "ipam", "filters", "ops", "plan"}
+PURE = {"model", "ipam", "filters", "ops", "firewalls", "plan"}
 # What does I/O, or makes two calls with the same arguments differ.
 IMPURE = {
     "os", "io", "pathlib", "socket", "subprocess", "time", "datetime", "random", "secrets", "sqlite3", "tempfile",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from vmnet.filters import encode
-from vmnet.linux import nft, wire
+from vmnet.linux import iptables, nft, wire
 from vmnet.linux.netlink import (
     NLM_F_APPEND,
     NLM_F_CREATE,
@@ -58,6 +58,7 @@ from vmnet.ops import (
     Op,
     PersistTun,
     PutBackAddress,
+    PutRules,
     SetConf,
     SetFilter,
     SetLink,
@@ -91,7 +92,9 @@ _FEATURES: dict[type, tuple[str, str, str]] = {
     SetFilter: ("BPF filters of tc", "CONFIG_NET_CLS_BPF", "cls_bpf"),
 }
 _NONE: frozenset[int] = frozenset()
-_Direct: TypeAlias = AddNetns | DelNetns | AddTun | PersistTun | SetSysctl | LoadRules | DelRules | WriteNames
+_Direct: TypeAlias = (
+    AddNetns | DelNetns | AddTun | PersistTun | SetSysctl | LoadRules | DelRules | PutRules | WriteNames
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +214,8 @@ class _Run:
                 nft.load(op.text)
             case DelRules():
                 nft.delete()
+            case PutRules():
+                iptables.put(op)
             case WriteNames():
                 self._write_names(op)
 

@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeAlias
 
 from vmnet.model import KernelRefused
 
+NETLINK_ROUTE, NETLINK_NETFILTER = socket.NETLINK_ROUTE, 12  # include/uapi/linux/netlink.h
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 0x1, 0x4, 0x300
 NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE, NLM_F_APPEND = 0x100, 0x200, 0x400, 0x800
 
@@ -107,10 +108,10 @@ def netns_cookie(inside: socket.socket) -> int | None:
 
 
 class Netlink:
-    """A socket to the routing tables of the namespace in which it was opened (it stays there)."""
+    """A socket to a part of the kernel, by default the routing tables, of the namespace in which it was opened."""
 
-    def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+    def __init__(self, protocol: int = NETLINK_ROUTE) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
         for option in (_NETLINK_CAP_ACK, _NETLINK_EXT_ACK, _NETLINK_GET_STRICT_CHK):
             self._socket.setsockopt(_SOL_NETLINK, option, 1)
         try:
@@ -118,6 +119,11 @@ class Netlink:
         except PermissionError:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         self._sequence = 0
+
+    @property
+    def port(self) -> int:
+        """The number by which the kernel tells others who asked for a change."""
+        return int(self._socket.getsockname()[0])
 
     @property
     def netns_cookie(self) -> int | None:

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from vmnet.firewalls import Bridge, Chain
 from vmnet.linux import wire
 from vmnet.linux.netlink import (
     RTM_GETADDR,
@@ -17,6 +18,7 @@ from vmnet.linux.netlink import (
     RTM_GETTFILTER,
     Message,
     Netlink,
+    nested,
 )
 from vmnet.linux.places import NAMED, Places, identify, is_stub
 from vmnet.model import Lease, NetnsId
@@ -188,8 +190,8 @@ def observe_inside(netlink: Netlink) -> Inside:
     )
 
 
-def observe_host(netlink: Netlink, listing: str | None) -> HostView:
-    """Return the host part; `listing` is our table as nft lists it."""
+def observe_host(netlink: Netlink, listing: str | None, chains: tuple[Chain, ...] = ()) -> HostView:
+    """Return the host part; `listing` is our table as nft lists it, `chains` those that other firewalls offer."""
     lo = link_by_name(netlink, "lo")
     addresses = [wire.parse_address(body)[1] for body in netlink.dump(RTM_GETADDR, wire.address_query(_LO))]
     routes = set()
@@ -201,7 +203,29 @@ def observe_host(netlink: Netlink, listing: str | None) -> HostView:
     for query in queries:
         for body in netlink.dump(RTM_GETROUTE, query):
             routes.add(wire.parse_route(body, {_LO: "lo"})[2])
-    return HostView(tuple(addresses), bool(lo and lo.up), frozenset(routes), listing, sysctl("net.ipv4.ip_forward"))
+    return HostView(
+        lo=tuple(addresses),
+        lo_up=bool(lo and lo.up),
+        routes=frozenset(routes),
+        listing=listing,
+        ip_forward=sysctl("net.ipv4.ip_forward"),
+        chains=chains,
+        bridges=_bridges(netlink) if chains else (),
+    )
+
+
+def _bridges(netlink: Netlink) -> tuple[Bridge, ...]:
+    """Return all bridges, by name."""
+    query = wire.link_query() + nested(wire.IFLA_LINKINFO, wire.BRIDGE)
+    # A kernel that has never seen a bridge does not know the word, and tells of all devices.
+    links = [wire.parse_link(body) for body in netlink.dump(RTM_GETLINK, query) if wire.BRIDGE in body]
+    return tuple(sorted(Bridge(one.name, _is_uplink(netlink, one)) for one in links))
+
+
+def _is_uplink(netlink: Netlink, link: Link) -> bool:
+    """Say whether a default route, in whatever table, leads over a device."""
+    routes = netlink.dump(RTM_GETROUTE, wire.route_query(index=link.index))
+    return any(wire.parse_route(body, {link.index: link.name})[2].destination == DEFAULT_ROUTE for body in routes)
 
 
 def sysctl(key: str) -> int:

@@ -10,6 +10,7 @@ from netaddr import IPNetwork
 
 from vmnet.linux import enter, nft, observe
 from vmnet.linux.apply import Refusal, apply
+from vmnet.linux.iptables import Chains
 from vmnet.linux.places import NAMED, Places, boot_id, identify, owned_from_here
 from vmnet.model import Lease, NetnsId, NotPermitted
 from vmnet.ops import DelLink, DelNetns, Op, WriteNames
@@ -23,6 +24,7 @@ class LinuxPlatform:
 
     def __init__(self) -> None:
         self._places = Places()
+        self._chains = Chains()
         self.privileged = _has_capabilities()
 
     def __enter__(self) -> Self:
@@ -32,6 +34,7 @@ class LinuxPlatform:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._places.close()
+        self._chains.close()
 
     def need_rights(self) -> None:
         """Raise NotPermitted unless the caller may change the network."""
@@ -59,8 +62,10 @@ class LinuxPlatform:
         return observe.observe_guests(self._places, leases, for_removal=for_removal)
 
     def observe_host(self) -> HostView:
-        """Return the host part; without rights, without the rules."""
-        return observe.observe_host(self._places.host, nft.listing() if self.privileged else None)
+        """Return the host part; without rights, without any rules."""
+        if not self.privileged:
+            return observe.observe_host(self._places.host, None)
+        return observe.observe_host(self._places.host, nft.listing(), self._chains.look())
 
     def expected_listing(self, text: str, cache: Path) -> str | None:
         """Return how the ruleset `text` is listed, or None where the caller may not see rules."""

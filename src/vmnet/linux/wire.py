@@ -54,6 +54,9 @@ _PARENTS = {"ingress": 0xFFFFFFF2, "egress": 0xFFFFFFF3}
 _ETH_P_ALL = 3
 _PREF = 1
 
+# How the kind of a bridge stands in an RTM_NEWLINK.
+BRIDGE: Final = attr(_IFLA_INFO_KIND, b"bridge\0")
+
 
 def link_header(index: int = 0, flags: int = 0, change: int = 0) -> bytes:
     """Return a struct ifinfomsg."""
@@ -112,6 +115,12 @@ def parse_link(body: bytes) -> Link:
         multi_queue=multi_queue,
         persist=persist,
     )
+
+
+def parse_name(body: bytes) -> str:
+    """Return the name of the device that an RTM_NEWLINK describes: its first attribute, as the kernel sends it."""
+    size, kind = struct.unpack_from("=HH", body, 16)
+    return (body[20 : 16 + size] if kind == IFLA_IFNAME else parse_attrs(body, 16)[IFLA_IFNAME]).rstrip(b"\0").decode()
 
 
 def parse_far_netns(body: bytes) -> int | None:

@@ -1,0 +1,102 @@
+"""The chains of iptables that other firewalls offer: what of ours stands in them, and how it is put there.
+
+They are in nf_tables, or in the older ip_tables, or in both. Only iptables itself changes them, since it does not read
+what nft has written. On a host without such chains no program is started.
+"""
+
+import os
+import struct
+import subprocess
+from pathlib import Path
+
+from vmnet.firewalls import COMMENT, OFFERED, Chain
+from vmnet.linux.netlink import NETLINK_NETFILTER, Message, Netlink, text
+from vmnet.model import HostLacks, KernelRefused
+from vmnet.ops import PutRules
+
+NFT, LEGACY = "iptables-nft", "iptables-legacy"
+# Of include/uapi/linux/netfilter/nfnetlink.h and nf_tables.h: the number of nf_tables, and its messages.
+_GETCHAIN, _GETGEN = 10 << 8 | 4, 10 << 8 | 16
+_NFTA_CHAIN_TABLE, _NFTA_CHAIN_NAME = 1, 3
+_ANY, _IPV4 = (struct.pack("=BBH", family, 0, 0) for family in (0, 2))
+_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+
+
+class Chains:
+    """What stands in offered chains; looked at anew when the kernel's number for its rules has changed."""
+
+    def __init__(self) -> None:
+        self._netlink: Netlink | None = None
+        self._seen: tuple[bytes | None, tuple[Chain, ...]] | None = None
+
+    def close(self) -> None:
+        """Close the socket."""
+        if self._netlink:
+            self._netlink.close()
+            self._netlink = None
+
+    def look(self) -> tuple[Chain, ...]:
+        """Return the chains there are, of both kinds."""
+        legacy = _saved(LEGACY) if _has_legacy_filter() else ()
+        return (*self._look_at_nft(), *legacy)
+
+    def _look_at_nft(self) -> tuple[Chain, ...]:
+        if self._netlink is None:
+            self._netlink = Netlink(NETLINK_NETFILTER)
+        generation = self._netlink.get(Message(_GETGEN, 0, _ANY))
+        if self._seen is None or generation is None or self._seen[0] != generation:
+            questions = [
+                Message(_GETCHAIN, 0, _IPV4 + text(_NFTA_CHAIN_TABLE, "filter") + text(_NFTA_CHAIN_NAME, name))
+                for name in OFFERED
+            ]
+            self._seen = generation, _saved(NFT) if any(self._netlink.get_each(questions)) else ()
+        return self._seen[1]
+
+
+def _has_legacy_filter() -> bool:
+    """Say whether anybody uses the table `filter` of the older ip_tables; raises nothing."""
+    try:
+        return "filter" in Path("/proc/thread-self/net/ip_tables_names").read_text().split()
+    except OSError:
+        return False
+
+
+def _saved(program: str) -> tuple[Chain, ...]:
+    """Return the offered chains as `program` shows them; none where it is missing, or cannot read the table."""
+    done = _run(f"{program}-save", "-t", "filter")
+    if done is None or done.returncode:
+        return ()
+    lines = done.stdout.splitlines()
+    return tuple(
+        Chain(program, name, _ours(name, lines))
+        for name in OFFERED
+        if any(one.startswith(f":{name} ") for one in lines)
+    )
+
+
+def _ours(name: str, lines: list[str]) -> tuple[str, ...]:
+    """Return the rules of a chain that bear our comment, without the words that say where they stand."""
+    start = f"-A {name} "
+    comment = f" --comment {COMMENT} "
+    return tuple(one.removeprefix(start) for one in lines if one.startswith(start) and comment in f"{one} ")
+
+
+def put(op: PutRules) -> None:
+    """Change the rules of ours in a chain: all of it, or nothing. Raises HostLacks, or KernelRefused."""
+    done = _run(f"{op.program}-restore", "-w", "-n", script=op.script())
+    if done is None:
+        raise HostLacks(f"the program {op.program}-restore is missing", hint="install iptables")
+    if done.returncode:
+        words = done.stderr.strip().partition("\n")[0] or "no reason given"
+        raise KernelRefused(f"{op.program}-restore refused our rules in {op.chain}: {words}")
+
+
+def _run(program: str, *arguments: str, script: str = "") -> subprocess.CompletedProcess[str] | None:
+    """Run a program of iptables; None where it is missing."""
+    folders = _ENVIRONMENT["PATH"].split(":")
+    path = next((f"{folder}/{program}" for folder in folders if os.access(f"{folder}/{program}", os.X_OK)), None)
+    if path is None:
+        return None
+    return subprocess.run(
+        (path, *arguments), input=script, capture_output=True, text=True, check=False, env=_ENVIRONMENT
+    )
