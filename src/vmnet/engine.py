@@ -6,10 +6,11 @@ finish. Commands differ in what they desire and in how far they walk: a dry run 
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import NoReturn
 
 from vmnet.found import load_found
@@ -62,6 +63,7 @@ class Engine:
     paths: Paths
     report: Report
     caller: int = 0
+    holds_back: Callable[[Op], bool] = lambda _: False
     _here: NetnsId = field(init=False)
     _locks: Locks = field(init=False)
     _asking: Asking = field(init=False)
@@ -73,9 +75,11 @@ class Engine:
         self._here = self.platform.here()
         self._locks = Locks(self.paths.run)
         self._asking = Asking(self.platform, self.settings, self._here, self.caller)
-        self._host = HostPart(self.platform, self.settings, self.paths, self.report, self._here, self._locks)
-        self._guests = Guests(self.platform, self.settings, self.report)
-        self._names = Names(self.settings, self.paths, self.report)
+        self._host = HostPart(
+            self.platform, self.settings, self.paths, self.report, self._here, self._locks, self.holds_back
+        )
+        self._guests = Guests(self.platform, self.settings, self.report, self.holds_back)
+        self._names = Names(self.settings, self.paths, self.report, self.holds_back)
 
     # Looking
 
@@ -269,8 +273,55 @@ class Engine:
             self.converge(store, names)
             return []
 
+    def keep(
+        self, names: Collection[str] | None = None, *, host: bool = True, orphans: bool = True
+    ) -> dict[str, VmnetError]:
+        """Make the kernel match the records as they are: what is to be down stays so.
+
+        All guests, or those of `names` that have a record; the host part if `host`, what bears our marks without a
+        record if `orphans`; and names. Returns what stays wrong, by name of the guest, "" for all else.
+        """
+        self.platform.need_rights()
+        with self._reading() as store:
+            if not self._host.is_wished_up(store):
+                return {}
+            every = store.leases()
+            wrong = host and not self._host.is_right(store)
+            drifted = self._guests.drifted([one for one in every if names is None or one.name in names])
+            strange = orphans and bool(self.platform.orphans([one.name for one in every]))
+            if not (wrong or drifted or strange or self._names.plan(every)):
+                return {}
+        problems: dict[str, VmnetError] = {}
+        with self._writing(dry_run=False) as store:
+            try:
+                if wrong:
+                    self._host.ensure(store, if_wished=True)
+                problems = self._converge(store, None if strange else drifted)
+            except NoSuchGuest:
+                pass  # deleted meanwhile, so others are at work: the next look sees what they leave
+            except VmnetError as error:
+                problems[""] = error
+        return problems
+
+    def keep_or_raise(self) -> None:
+        """Make the kernel match the records as they are; raises the first of what stays wrong."""
+        self._raise_first(self.keep())
+
+    def recorded(self) -> list[Lease] | None:
+        """Return all leases, or None where nothing of vmnet is to be in the kernel."""
+        with self._reading() as store:
+            return store.leases() if self._host.is_wished_up(store) else None
+
+    def stamp(self) -> tuple[object, ...]:
+        """Return what differs when the records, the settings or the hosts file do; takes microseconds."""
+        files = [_stamp(path) for path in (self.paths.config, self.paths.hosts) if path]
+        return (Store.stamp(self.paths.state), *files)
+
     def converge(self, store: Store, names: Sequence[str] | None = None) -> None:
         """Bring guests to where the records want them, and with all of them what is ours without a record."""
+        self._raise_first(self._converge(store, names))
+
+    def _converge(self, store: Store, names: Sequence[str] | None) -> dict[str, VmnetError]:
         with self._locks.host(shared=True):
             blocks = None if names is None else [lease.block.number for lease in store.leases(names)]
             with self._locks.guests(blocks):
@@ -284,7 +335,7 @@ class Engine:
                 if names is None:
                     apply_all(self.platform, self.report, self.platform.orphans([lease.name for lease in leases]))
             self._names.write(store)
-        self._raise_first(problems)
+        return problems
 
     def _raise_first(self, problems: Mapping[str, VmnetError]) -> None:
         """Raise the first problem; say the others."""
@@ -415,6 +466,14 @@ def _unless_overtaken(store: Store, new: Sequence[GuestSpec]) -> Iterator[None]:
         if any(store.lease(spec.name) for spec in new):
             raise _Overtaken from error
         raise
+
+
+def _stamp(file: Path) -> tuple[int, ...]:
+    try:
+        found = file.stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _now() -> str:

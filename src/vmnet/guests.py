@@ -1,7 +1,7 @@
 """Reconcile guests: observe, plan, apply, and observe again until the plan is empty, or say what stays."""
 
 import errno
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from vmnet.model import Conflict, KernelRefused, Lease, VmnetError
@@ -25,6 +25,7 @@ class Guests:
     platform: Platform
     settings: Settings
     report: Report
+    holds_back: Callable[[Op], bool]
 
     def desire(self, lease: Lease, shift: int = 0) -> Guest:
         """Return what the kernel must show; `shift` moves the indexes of new devices."""
@@ -53,6 +54,26 @@ class Guests:
             self.platform.close_places()
         return ops
 
+    def _plan(self, lease: Lease, view: GuestView, shift: int = 0) -> list[Op]:
+        return [op for op in plan_guest(self.desire(lease, shift), view) if not self.holds_back(op)]
+
+    def drifted(self, leases: Sequence[Lease]) -> list[str]:
+        """Return the names of guests that are not as recorded; it takes no locks, so some may be in the making."""
+        found = []
+        for chunk in chunks(leases):
+            views = self.platform.observe_guests(chunk)
+            found += [lease.name for lease in chunk if self._is_drifted(lease, views[lease.name])]
+            self.platform.close_places()
+        return found
+
+    def _is_drifted(self, lease: Lease, view: GuestView) -> bool:
+        if lease.wish != "up":
+            return lease.wish == "deleting" or bool(plan_removal(self.desire(lease), view, keep_netns=True))
+        try:
+            return bool(self._plan(lease, view))
+        except Conflict:
+            return True
+
     def bring_up(self, store: Store, leases: Sequence[Lease]) -> dict[str, VmnetError]:
         """Reconcile guests that are to be up; return what went wrong, by name."""
         problems: dict[str, VmnetError] = {}
@@ -70,7 +91,7 @@ class Guests:
             plans: list[tuple[Lease, list[Op]]] = []
             for lease in left:
                 try:
-                    ops = plan_guest(self.desire(lease, shift), views[lease.name])
+                    ops = self._plan(lease, views[lease.name], shift)
                 except Conflict as error:
                     problems[lease.name] = error
                     continue

@@ -1,6 +1,6 @@
 """The host part: what the carve takes, keeps and fences, and how the host was before."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,12 +31,13 @@ class HostPart:
     report: Report
     here: NetnsId
     locks: Locks
+    holds_back: Callable[[Op], bool]
     _listing: str | None = field(init=False, default=None)
 
     def is_right(self, store: Store) -> bool:
         """Say whether the host part is as it is to be, as far as the caller may see."""
         try:
-            return not plan_host(self._wish(store, store.reservations(), None), self.platform.observe_host())
+            return not self._plan(self._wish(store, store.reservations(), None))
         except (HostLacks, KernelRefused) as error:
             self.report.warn(f"{error.message}: the host part cannot be seen whole")
             return False
@@ -102,14 +103,22 @@ class HostPart:
             f"net.ipv4.ip_forward {forwarding}, and the order of lo's addresses and other sysctls may differ"
         )
 
-    def ensure(self, store: Store) -> bool:
-        """Make the host part as it is to be; say whether it was not there at all. Others wait meanwhile."""
+    def _plan(self, wish: HostWish) -> list[Op]:
+        return [op for op in plan_host(wish, self.platform.observe_host()) if not self.holds_back(op)]
+
+    def ensure(self, store: Store, *, if_wished: bool = False) -> bool:
+        """Make the host part as it is to be; say whether it was not there at all. Others wait meanwhile.
+
+        `if_wished`: only where the records want it, be it that they have changed while this waited for others.
+        """
         with self.locks.host(shared=True):
             found = load_found(self.paths.run, self.here)
             wish = self._wish(store, store.reservations(), found) if found and self.is_wished_up(store) else None
-            if wish and not plan_host(wish, self.platform.observe_host()):
+            if wish and not self._plan(wish):
                 return False
         with self.locks.host(shared=False):
+            if if_wished and not self.is_wished_up(store):
+                return False
             found = load_found(self.paths.run, self.here)
             fresh = found is None
             before, reservations = store.host(), store.reservations()
@@ -131,11 +140,11 @@ class HostPart:
 
     def _make(self, wish: HostWish) -> None:
         for _ in range(ATTEMPTS):
-            ops = plan_host(wish, self.platform.observe_host())
+            ops = self._plan(wish)
             if not ops:
                 return
             apply_all(self.platform, self.report, ops)
-        left = plan_host(wish, self.platform.observe_host())
+        left = self._plan(wish)
         if left:
             raise KernelRefused(f"the host part does not stay as it is set: {'; '.join(map(str, left))}")
 

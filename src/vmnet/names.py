@@ -20,6 +20,7 @@ class Names:
     settings: Settings
     paths: Paths
     report: Report
+    holds_back: Callable[[Op], bool]
 
     def _of(self, guests: Iterable[tuple[str, Block]]) -> tuple[tuple[str, str], ...]:
         return tuple((f"{name}.{self.settings.domain}", dotted(block.first + 2)) for name, block in guests)
@@ -44,7 +45,7 @@ class Names:
 
     def _keep(self, op: WriteNames | None, ask: Callable[[], Iterable[tuple[str, str]]]) -> None:
         """Keep the names in the hosts file; where that cannot be, say so: a guest works without."""
-        if op is None:
+        if op is None or self.holds_back(op):
             return
         file = HostsFile(Path(op.path))
         try:

@@ -2,13 +2,63 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import NamedTuple, NoReturn, Protocol
 
 from netaddr import IPNetwork
 
 from vmnet.model import Lease, NetnsId, VmnetError
 from vmnet.ops import Op, WriteNames
 from vmnet.plan import Found, GuestView, HostView, Use
+
+
+class Glance(NamedTuple):
+    """Digests of what the kernel shows: of the host part (None: only a look can tell), of guests, inside of guests."""
+
+    host: bytes | None
+    guests: bytes
+    insides: bytes
+
+
+class Heard(NamedTuple):
+    """Where events say that something has changed: nowhere, unless it says so.
+
+    `host` is the host part, `names` are guests, `marks` something that bears our marks without being known, or a
+    namespace that came or went, `names_file` the hosts file. `lost`: events were lost, so anything may have changed.
+    `clock`: the wall clock was set, or the machine was asleep. `programs` is who did it, as far as the kernel tells.
+    """
+
+    host: bool = False
+    names: frozenset[str] = frozenset()
+    marks: bool = False
+    names_file: bool = False
+    lost: bool = False
+    clock: bool = False
+    programs: tuple[str, ...] = ()
+
+    @property
+    def anything(self) -> bool:
+        """Whether there is anything to look at."""
+        return any(self[:-1])
+
+    def also(self, other: "Heard") -> "Heard":
+        """Return what both tell."""
+        return Heard(
+            self.host or other.host,
+            self.names | other.names,
+            self.marks or other.marks,
+            self.names_file or other.names_file,
+            self.lost or other.lost,
+            self.clock or other.clock,
+            tuple(dict.fromkeys([*self.programs, *other.programs]))[:8],
+        )
+
+
+class EventSource(Protocol):
+    """Somebody who tells of changes; see vmnet.linux.events."""
+
+    def expect(self, leases: Sequence[Lease]) -> None: ...
+    def hear(self, timeout: float) -> Heard: ...
+    def close(self) -> None: ...
 
 
 class Refusal(Protocol):
@@ -35,6 +85,7 @@ class Platform(Protocol):
     def netns_path(self, name: str) -> str: ...
     def observe_guests(self, leases: Sequence[Lease], *, for_removal: bool = False) -> dict[str, GuestView]: ...
     def observe_host(self) -> HostView: ...
+    def glance(self, leases: Sequence[Lease], insides: Sequence[Lease]) -> Glance: ...
     def expected_listing(self, text: str, cache: Path) -> str | None: ...
     def look_around(self) -> Found: ...
     def find_uses(self, shadow: IPNetwork, hosts: Path | None) -> list[Use]: ...
@@ -43,6 +94,7 @@ class Platform(Protocol):
     def apply(
         self, lists: Sequence[Sequence[Op]], write_names: Callable[[WriteNames], None], done: Callable[[Op], None]
     ) -> Sequence[Refusal]: ...
+    def listen(self, file: Path | None, wakeup: int) -> EventSource: ...
     def close_places(self) -> None: ...
     def execute(self, path: str, expected: NetnsId | None, argv: Sequence[str]) -> NoReturn: ...
 

@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "hostsfile": {"model"},
     "found": {"model", "ops", "plan"},
     "locks": {"model"},
-    "linux": {"filters", "firewalls", "linux", "model", "ops", "plan", "hostsfile"},
+    "linux": {"filters", "firewalls", "linux", "model", "ops", "plan", "platform", "hostsfile"},
     "platform": {"model", "ops", "plan"},
     "specs": {"model", "platform", "settings", "store"},
     "names": {"hostsfile", "model", "ops", "plan", "platform", "settings", "store"},
@@ -33,7 +33,12 @@ ALLOWED: dict[str, set[str]] = {
         "found", "guests", "hostpart", "locks", "model", "names", "ops", "plan", "platform", "settings", "specs",
         "store",
     },
-    "cli": {"", "cli", "engine", "linux", "model", "ops", "plan", "settings", "specs"},
+    "signs": {""},
+    "watch": {"", "engine", "model", "ops", "platform", "signs", "store"},
+    "hooks": {"", "hooks", "model", "settings"},
+    "cli": {
+        "", "cli", "engine", "hooks", "linux", "model", "ops", "plan", "platform", "settings", "signs", "specs", "watch",
+    },
     "__main__": {"cli"},
 }  # fmt: skip
 PURE = {"model", "ipam", "filters", "ops", "firewalls", "plan"}

@@ -4,10 +4,11 @@ import json
 import os
 import pwd
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from enum import StrEnum
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,10 +16,13 @@ from netaddr import AddrFormatError, IPAddress
 from typer.exceptions import TyperException
 
 from vmnet import __version__
+from vmnet.cli.hooks import hooks
 from vmnet.cli.show import Reporter, as_json, print_guests, print_ops, say
 from vmnet.engine import Engine, Seen
 from vmnet.linux.platform import LinuxPlatform
 from vmnet.model import HostLacks, KernelRefused, Mode, NotPermitted, UsageError, VmnetError, check_name
+from vmnet.ops import Op
+from vmnet.platform import Report
 from vmnet.settings import Paths, load_settings
 from vmnet.specs import GuestSpec
 
@@ -53,13 +57,19 @@ class KindOption(StrEnum):
 
 @contextmanager
 def _engine(*, verbose: bool = False) -> Iterator[Engine]:
+    with Reporter(verbose=verbose) as reporter, _open_engine(reporter) as engine:
+        yield engine
+
+
+@contextmanager
+def _open_engine(report: Report, holds_back: Callable[[Op], bool] = lambda _: False) -> Iterator[Engine]:
     platform_name = os.environ.get("VMNET_PLATFORM") or sys.platform
     if platform_name != "linux":
         raise HostLacks(f"vmnet does not run on {platform_name} yet", hint="VMNET_PLATFORM=linux on Linux")
     paths = Paths.from_environment()
     settings = load_settings(paths.config)
-    with LinuxPlatform() as platform, Reporter(verbose=verbose) as reporter:
-        yield Engine(platform, settings, paths, reporter, _caller())
+    with LinuxPlatform() as platform:
+        yield Engine(platform, settings, paths, report, _caller(), holds_back)
 
 
 def _caller() -> int:
@@ -227,6 +237,33 @@ def plan(json_: Json = False, verbose: Verbose = False) -> None:
         _say_plan(engine.up(dry_run=True), json_=json_, verbose=verbose)
 
 
+@app.command()
+def watch(
+    interval: Annotated[float, typer.Option(metavar="SECONDS", help="How often to look without any event.")] = 15.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once, put right what differs, and end.")] = False,
+    status: Annotated[bool, typer.Option("--status", help="Say how the watcher is; exit 10 without one.")] = False,
+    metrics: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write metrics for Prometheus there, not to the run folder.")
+    ] = None,
+    json_: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Keep the kernel as recorded, whatever others do to it; what is to be down stays so."""
+    from vmnet.cli import watch as program
+
+    if not 0.1 <= interval <= 3600:
+        raise UsageError(f"--interval {interval:g} is not between 0.1 and 3600 seconds")
+    paths = Paths.from_environment()
+    if status:
+        raise typer.Exit(program.show_status(paths.run, as_json=json_))
+    if once:
+        with _engine(verbose=verbose) as engine:
+            engine.keep_or_raise()
+        return
+    file = Path(metrics) if metrics else None
+    program.run(_open_engine, paths, interval=interval, metrics=file, as_json=json_)
+
+
 @app.command("exec", context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
 def exec_(
     name: Name,
@@ -243,6 +280,9 @@ def exec_(
             refused = KernelRefused(f"{argv[0]} cannot be run: {error.strerror}")
             refused.exit_code = 127 if isinstance(error, FileNotFoundError) else 126  # as shells and env(1) have it
             raise refused from None
+
+
+app.command()(hooks)
 
 
 def _say_plan(ops: Sequence[Any], *, json_: bool, verbose: bool) -> None:

@@ -122,7 +122,7 @@ class Netlink:
 
     @property
     def port(self) -> int:
-        """The number by which the kernel tells others who asked for a change."""
+        """The number by which the kernel tells others who asked for a change; 0 before anything was asked."""
         return int(self._socket.getsockname()[0])
 
     @property

@@ -15,6 +15,7 @@ from vmnet.linux.places import NAMED, Places, boot_id, identify, owned_from_here
 from vmnet.model import Lease, NetnsId, NotPermitted
 from vmnet.ops import DelLink, DelNetns, Op, WriteNames
 from vmnet.plan import HOST, Found, GuestView, HostView, Use, plan_left
+from vmnet.platform import EventSource, Glance
 
 _CAP_NET_ADMIN, _CAP_SYS_ADMIN = 12, 21
 
@@ -61,6 +62,12 @@ class LinuxPlatform:
         """Return what the kernel shows of each lease's guest; see observe.observe_guests."""
         return observe.observe_guests(self._places, leases, for_removal=for_removal)
 
+    def glance(self, leases: Sequence[Lease], insides: Sequence[Lease]) -> Glance:
+        """Return digests of the host part, of guests, and of the namespaces of some of them; see glance.glance."""
+        from vmnet.linux.glance import glance
+
+        return glance(self._places, leases, insides)
+
     def observe_host(self) -> HostView:
         """Return the host part; without rights, without any rules."""
         if not self.privileged:
@@ -106,6 +113,12 @@ class LinuxPlatform:
     ) -> list[Refusal]:
         """Carry out lists of ops that do not depend on each other; return what was refused."""
         return apply(self._places, lists, write_names=write_names, done=done)
+
+    def listen(self, file: Path | None, wakeup: int) -> EventSource:
+        """Return what hears of changes, to `file` too; see events.Events."""
+        from vmnet.linux.events import Events
+
+        return Events(self._places.host, file, wakeup)
 
     def close_places(self) -> None:
         """Close what is open of guests' namespaces."""

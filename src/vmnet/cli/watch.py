@@ -1,0 +1,67 @@
+"""The watcher as a program: signals, how it tells of itself, and what it told last."""
+
+import json
+import os
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from vmnet.cli.show import say
+from vmnet.settings import Paths
+from vmnet.signs import Service, read_status
+from vmnet.watch import OpenEngine, Watcher
+
+NOT_RUNNING = 10
+
+
+def run(open_engine: OpenEngine, paths: Paths, *, interval: float, metrics: Path | None, as_json: bool) -> None:
+    """Keep watch until SIGTERM or SIGINT; SIGHUP has it look at once."""
+    reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    got: set[int] = set()
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda one, _: got.add(one))
+
+    def stopping() -> bool:
+        with suppress(BlockingIOError):
+            os.read(reading, 4096)
+        return bool(got & {signal.SIGTERM, signal.SIGINT})
+
+    service = Service(as_json=as_json)
+    Watcher(open_engine, service, paths.run, reading, stopping, interval=interval, metrics=metrics).watch()
+
+
+def show_status(run: Path, *, as_json: bool) -> int:
+    """Print what the watcher last told of itself; return the exit code."""
+    status = read_status(run)
+    if as_json:
+        say(json.dumps(status or {"pid": None}))
+    elif status is None:
+        say("no watcher is at work; vmnet watch, or the service that vmnet hooks install sets up, is one")
+    else:
+        _print_status(status)
+    return 0 if status else NOT_RUNNING
+
+
+def _print_status(status: dict[str, Any]) -> None:
+    now = time.time()
+    counts = status["counts"]
+    say(f"watching as process {status['pid']} (vmnet {status['version']}) for {_span(now - status['since'])}")
+    say(f"looked {_span(now - status['looked'])} ago, {counts['looks_total']} times, at {status['guests']} guests")
+    say(
+        f"put right: {counts['changes_total']}, of which no event told: {counts['unannounced_total']};"
+        f" events lost: {counts['lost_total']}"
+    )
+    for word, lines in (("left alone", status["left_alone"]), ("wrong", status["wrong"])):
+        for line in lines:
+            say(f"{word}: {line}")
+
+
+def _span(seconds: float) -> str:
+    """Return a span of time as a person says it."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{max(seconds, 0):.0f} s"

@@ -1,0 +1,288 @@
+"""Hear from the kernel what changes: netlink multicast, inotify, and a timer that tells of a resume.
+
+Events only say where to look. Any of them may be lost (rtnetlink(7): a full socket says ENOBUFS), so whoever relies
+on them also looks without any.
+"""
+
+import ctypes
+import errno
+import os
+import select
+import socket
+import struct
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from vmnet.linux import wire
+from vmnet.linux.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, RTM_GETLINK, Netlink, parse_attrs
+from vmnet.linux.places import NAMED
+from vmnet.model import KernelRefused, Lease
+from vmnet.ops import ROUTE_PROTOCOL
+from vmnet.plan import ALIAS_PREFIX
+from vmnet.platform import Heard
+
+# include/uapi/linux/rtnetlink.h: links, neighbours, tc, IPv4 addresses, IPv4 routes, IPv4 sysctls, namespaces
+_ROUTE_GROUPS = (1, 3, 4, 5, 7, 24, 28)
+_NFTABLES_GROUPS = (7,)  # include/uapi/linux/netfilter/nfnetlink.h
+_SOL_NETLINK, _ADD_MEMBERSHIP, _LISTEN_ALL_NSID = 270, 1, 8
+_SO_RCVBUFFORCE = 33
+_BUFFER = 4 << 20
+_RECEIVE_SIZE = 64 * 1024
+_CHUNKS = 256  # read at once: then whoever waits may act, whatever goes on
+_HEADER = struct.Struct("=IHHII")
+_INDEX = struct.Struct("=4xI")
+_LO = 1
+
+_LINKS, _ADDRESSES, _ROUTES, _NEIGHBOURS, _QDISCS, _FILTERS = (16, 17), (20, 21), (24, 25), (28, 29), (36, 37), (44, 45)
+_CHAINS, _CONF, _NAMESPACES = (100, 101), (80, 81), (88, 89)
+_BY_INDEX = {*_ADDRESSES, *_NEIGHBOURS, *_QDISCS, *_FILTERS, *_CHAINS}
+_RTA_OIF, _NETCONFA_IFINDEX = 4, 1
+_OUR_TABLE, _NFT_NEWGEN, _NFTA_GEN_PROC_NAME, _NFTA_GEN_PROC_PID = b"vmnet\0", 10 << 8 | 15, 3, 2
+
+# include/uapi/linux/inotify.h: written, moved, made, deleted
+_INOTIFY_MASK = 0x0002 | 0x0008 | 0x0040 | 0x0080 | 0x0100 | 0x0200
+_INOTIFY_EVENT = struct.Struct("=iIII")
+_TIMER_ABSTIME, _TIMER_CANCEL_ON_SET = 1, 2  # include/linux/timerfd.h
+_FAR = 1 << 40  # seconds
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Events:
+    """What is open to hear the kernel; `file` is one whose folder is watched; `wakeup` is one more to wait for.
+
+    `netlink` is the socket by which this process itself changes things. Raises KernelRefused where the kernel will
+    not tell.
+    """
+
+    def __init__(self, netlink: Netlink, file: Path | None, wakeup: int) -> None:
+        self._netlink = netlink
+        self._own: set[int] = set()
+        # Whose devices and namespaces are: guests' names by the index of their device, and by the kernel's number.
+        self._devices: dict[int, str] = {}
+        self._insides: dict[int, str] = {}
+        self._heard = Heard()
+        self._programs: dict[int, str] = {}
+        self._buffer = bytearray(_RECEIVE_SIZE)
+        self._readers: dict[int, Callable[[], None]] = {}
+        self._closers: list[Callable[[], None]] = []
+        self._file = file
+        self._watches: dict[int, Path] = {}
+        self._poll = select.poll()
+        self._poll.register(wakeup, select.POLLIN)
+        try:
+            self._open()
+        except OSError as error:
+            self.close()
+            raise KernelRefused(f"the kernel does not tell of changes: {error.strerror}") from error
+
+    def _open(self) -> None:
+        route = self._listen(NETLINK_ROUTE, _ROUTE_GROUPS)
+        # Of guests' namespaces too, where the kernel lets us (CAP_NET_BROADCAST).
+        with suppress(PermissionError):
+            route.setsockopt(_SOL_NETLINK, _LISTEN_ALL_NSID, 1)
+        self._add(route.fileno(), lambda: self._drain(route, self._read_route), route.close)
+        rules = self._listen(NETLINK_NETFILTER, _NFTABLES_GROUPS)
+        self._add(rules.fileno(), lambda: self._drain(rules, self._read_rules), rules.close)
+        files = _checked(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
+        self._add(files, lambda: self._read_files(files), lambda: os.close(files))
+        for folder in (self._file.parent, NAMED) if self._file else (NAMED,):
+            number = _libc.inotify_add_watch(files, bytes(folder), _INOTIFY_MASK)
+            if number >= 0:  # a folder that is not there is looked at without any event
+                self._watches[number] = folder
+        timer = _set_timer()
+        self._add(timer, lambda: self._read_timer(timer), lambda: os.close(timer))
+
+    def _listen(self, protocol: int, groups: Sequence[int]) -> socket.socket:
+        kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+        listener = socket.socket(socket.AF_NETLINK, kind, protocol)
+        listener.bind((0, 0))  # one that has no port hears nothing of what the kernel itself does
+        with suppress(PermissionError):
+            listener.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
+        for group in groups:
+            with suppress(OSError):  # a kernel without it
+                listener.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, group)
+        return listener
+
+    def _add(self, fd: int, read: Callable[[], None], close: Callable[[], None]) -> None:
+        self._readers[fd] = read
+        self._closers.append(close)
+        self._poll.register(fd, select.POLLIN)
+
+    def close(self) -> None:
+        """Close all of it."""
+        while self._closers:
+            self._closers.pop()()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def expect(self, leases: Sequence[Lease]) -> None:
+        """Learn which devices and namespaces belong to the guests of `leases`."""
+        names = {lease.device: lease.name for lease in leases}
+        self._devices.clear()
+        self._insides.clear()
+        for body in self._netlink.dump(RTM_GETLINK, wire.link_query()):
+            device = wire.parse_name(body)
+            if device in names:
+                self._devices[_INDEX.unpack_from(body)[0]] = names[device]
+                netns = wire.parse_far_netns(body)
+                if netns is not None:
+                    self._insides[netns] = names[device]
+        self._own = {self._netlink.port}
+
+    def hear(self, timeout: float) -> Heard:
+        """Return what was heard within `timeout` seconds, at once when there is anything, also on the wakeup.
+
+        Raises OSError when a socket is dead.
+        """
+        self._heard = Heard()
+        self._programs.clear()
+        for fd, _ in self._poll.poll(max(0.0, timeout) * 1000):
+            read = self._readers.get(fd)
+            if read:
+                read()
+        programs = tuple(self._programs.values())
+        return self._heard._replace(programs=programs) if programs and self._heard.anything else self._heard
+
+    # Netlink
+
+    def _drain(self, listener: socket.socket, read: Callable[[bytes, int | None], None]) -> None:
+        for _ in range(_CHUNKS):
+            try:
+                size, ancillary, _, _ = listener.recvmsg_into([self._buffer], 64)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                self._heard = self._heard._replace(lost=True)
+                continue
+            numbers = [data for level, kind, data in ancillary if (level, kind) == (_SOL_NETLINK, _LISTEN_ALL_NSID)]
+            netns = struct.unpack("=i", numbers[0])[0] if numbers else None
+            read(bytes(self._buffer[:size]), netns)
+
+    def _read_route(self, data: bytes, netns: int | None) -> None:
+        start = 0
+        while start + 16 <= len(data):
+            size, kind, _, _, port = _HEADER.unpack_from(data, start)
+            if size < 16:
+                return
+            if port not in self._own or netns is not None:
+                body = data[start + 16 : start + size]
+                before = self._heard
+                if netns is None or netns < 0:
+                    self._read_own(kind, body)
+                elif netns in self._insides:
+                    self._name(self._insides[netns])
+                if port and self._heard is not before:
+                    self._remember(port, "")
+            start += (size + 3) & ~3
+
+    def _read_own(self, kind: int, body: bytes) -> None:
+        """Read an event of the host's own namespace."""
+        if kind in _LINKS:
+            self._read_link(body)
+        elif kind in _BY_INDEX:
+            self._index(_INDEX.unpack_from(body)[0])
+        elif kind in _ROUTES:
+            if body[5] == ROUTE_PROTOCOL:
+                index = parse_attrs(body, 12).get(_RTA_OIF, b"\0\0\0\0")
+                self._index(int.from_bytes(index, "little") or _LO)
+        elif kind in _CONF:
+            index = parse_attrs(body, 4).get(_NETCONFA_IFINDEX, b"")
+            number = int.from_bytes(index, "little", signed=True)
+            self._index(number if number > 0 else _LO)
+        elif kind in _NAMESPACES:
+            self._heard = self._heard._replace(marks=True)
+
+    def _read_link(self, body: bytes) -> None:
+        index = _INDEX.unpack_from(body)[0]
+        if index in self._devices or index == _LO:
+            self._index(index)
+        elif ALIAS_PREFIX.encode() in body:
+            self._heard = self._heard._replace(marks=True)
+        elif wire.BRIDGE in body:
+            self._heard = self._heard._replace(host=True)
+
+    def _index(self, index: int) -> None:
+        if index == _LO:
+            if not self._heard.host:
+                self._heard = self._heard._replace(host=True)
+        elif index in self._devices:
+            self._name(self._devices[index])
+
+    def _name(self, name: str) -> None:
+        if name not in self._heard.names:
+            self._heard = self._heard._replace(names=self._heard.names | {name})
+
+    def _read_rules(self, data: bytes, _: int | None) -> None:
+        start = 0
+        while start + 20 <= len(data):
+            size, kind, _, _, port = _HEADER.unpack_from(data, start)
+            if size < 20:
+                return
+            body = data[start + 20 : start + size]
+            if kind == _NFT_NEWGEN:
+                attrs = parse_attrs(body)
+                name = attrs.get(_NFTA_GEN_PROC_NAME, b"").rstrip(b"\0").decode(errors="replace")
+                self._remember(int.from_bytes(attrs.get(_NFTA_GEN_PROC_PID, b""), "big"), name)
+            if port not in self._own and not self._heard.host:
+                self._heard = self._heard._replace(host=True)
+            start += (size + 3) & ~3
+
+    def _remember(self, pid: int, name: str) -> None:
+        """Remember who changed something: a netlink port is most often its program's process id."""
+        if len(self._programs) < 8 and pid not in self._programs:
+            with suppress(OSError):
+                name = name or Path(f"/proc/{pid}/comm").read_text().strip()
+            self._programs[pid] = f"{name or 'process'}[{pid}]"
+
+    # Files and time
+
+    def _read_files(self, handle: int) -> None:
+        with suppress(BlockingIOError):
+            data = os.read(handle, _RECEIVE_SIZE)
+            start = 0
+            while start + 16 <= len(data):
+                number, mask, _, size = _INOTIFY_EVENT.unpack_from(data, start)
+                name = data[start + 16 : start + 16 + size].rstrip(b"\0").decode(errors="replace")
+                start += 16 + size
+                folder = self._watches.get(number)
+                if folder == NAMED:
+                    self._heard = self._heard._replace(marks=True)
+                elif folder is None or (self._file and self._file.name == name) or mask & 0x4000:  # IN_Q_OVERFLOW
+                    self._heard = self._heard._replace(names_file=True)
+
+    def _read_timer(self, handle: int) -> None:
+        with suppress(OSError):
+            os.read(handle, 8)  # ECANCELED: the clock was set, or the machine was asleep (timerfd_create(2))
+        self._heard = self._heard._replace(clock=True)
+        _arm(handle)
+
+
+def _checked(result: int) -> int:
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return result
+
+
+def _set_timer() -> int:
+    """Return a timer that fires when the wall clock jumps, which it does at a resume."""
+    handle = _checked(_libc.timerfd_create(0, os.O_NONBLOCK | os.O_CLOEXEC))  # CLOCK_REALTIME
+    _arm(handle)
+    return handle
+
+
+def _arm(handle: int) -> None:
+    value = (ctypes.c_long * 4)(0, 0, _FAR, 0)  # struct itimerspec: no interval; when
+    _checked(_libc.timerfd_settime(handle, _TIMER_ABSTIME | _TIMER_CANCEL_ON_SET, ctypes.byref(value), None))
