@@ -9,7 +9,7 @@ Ops are named tuples, not dataclasses: there are twenty kinds, and making the cl
 
 import shlex
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from vmnet.filters import Program, bytecode
 
@@ -93,18 +93,21 @@ class Peer(NamedTuple):
 
 
 class AddRoute(NamedTuple):
-    """Add a route over the device of that ifindex (0: none); `append` it where the kernel may have one like it."""
+    """Add a route over the device of that ifindex (0: none).
+
+    `verb` is that of ip(8): others may have a route to the same place, which wins (append) or not (prepend).
+    """
 
     place: str
     route: Route
     ifindex: int = 0
-    append: bool = False
+    verb: Literal["add", "append", "prepend"] = "add"
 
     def __str__(self) -> str:
         return f"+ route {self.route}{_where(self.place)}"
 
     def command(self) -> str:
-        return f"{_in(self.place, 'ip')} route {'append' if self.append else 'add'} {self.route}"
+        return f"{_in(self.place, 'ip')} route {self.verb} {self.route}"
 
 
 class DelRoute(NamedTuple):

@@ -209,10 +209,15 @@ def desire(lease: Lease, plane: Plane, *, index_shift: int = 0) -> Guest:
             multi_queue=lease.queues > 1,
         ),
         addresses=frozenset({Address(f"{shadow_gateway}/30")}),
-        # Of the shadow too, though the kernel has a route to it in table main: the rules of a VPN may come before that.
+        # The guest's own addresses alone too, and first: the DHCP server of a LAN may give the host just these. And the
+        # shadow's, though the kernel has a route to it in table main: the rules of a VPN may come before that.
         routes=frozenset(
-            Route(f"{dotted(one)}/30", TABLE_LOCAL, "unicast", device, source=shadow_gateway, scope=SCOPE_LINK)
-            for one in (first, shadow_of(first, plane))
+            Route(network, TABLE_LOCAL, "unicast", device, source=shadow_gateway, scope=SCOPE_LINK)
+            for network in (
+                f"{dotted(first)}/30",
+                f"{dotted(first + 2)}/32",
+                f"{dotted(shadow_of(first + 2, plane))}/32",
+            )
         ),
         # In native mode the look-up comes after the rewriting, so the neighbour has the guest's own spelling.
         neighbours=frozenset({(dotted(own_address), lease.mac)} if lease.mac else ()),
@@ -393,7 +398,7 @@ def _plan_host_side(desired: Guest, link: Link, observed: Side) -> list[Op]:
     if not link.up:
         ops.append(SetLink(HOST, name, index, up=True))
     ops += [DelRoute(HOST, route, index) for route in sorted(observed.routes - desired.host.routes, key=str)]
-    ops += [AddRoute(HOST, route, index) for route in sorted(desired.host.routes - observed.routes)]
+    ops += [AddRoute(HOST, route, index, "prepend") for route in sorted(desired.host.routes - observed.routes)]
     ops += [
         SetNeighbour(HOST, name, index, address, mac)
         for address, mac in sorted(desired.host.neighbours - observed.neighbours)
@@ -425,7 +430,7 @@ def _plan_inside(desired: Guest, peer: Peer, observed: Inside, *, fresh: bool) -
         ops += _plan_source(place, observed.lo)
     if desired.inside_lo_routes:
         ops += [
-            AddRoute(place, route, _LO_INDEX, append=True)
+            AddRoute(place, route, _LO_INDEX, "append")
             for route in sorted(desired.inside_lo_routes - observed.lo_routes)
         ]
     # The routes are enough; the lo of somebody else's namespace keeps its addresses.
@@ -593,7 +598,7 @@ def plan_host(wish: HostWish, observed: HostView) -> list[Op]:
     else:
         ops += _plan_source(HOST, observed.lo)
     ops += [
-        AddRoute(HOST, route, _index(route), append=route.device is not None)
+        AddRoute(HOST, route, _index(route), "append" if route.device else "add")
         for route in routes
         if route not in observed.routes or not observed.lo_up
     ]

@@ -25,6 +25,7 @@ A test asks for the fixtures it needs (`tests/kernel/conftest.py`) and gets them
   `send(device, *frames)`, `sniff(device)`, `socket(...)` (a Python socket that lives inside), and `entered()`.
 - `laptop.snapshot()` before and after: two dicts of texts, equal when no trace is left.
 - `lab.plug("eth9", "10.9.0.0/24")` adds an uplink and returns its router, `laptop.unplug("wlan0")` takes one away;
+  `lab.network("10.9.0.0/24")` is a LAN to `lab.join("eth9", router)` as often as the laptop comes by;
   `laptop.rp_filter(2)` sets it everywhere; `lab.narrow(1300)` narrows the way beyond the LAN;
   `lab.machine("other")` is one more machine, for `lab.wire`.
 
@@ -298,6 +299,14 @@ class Guest(Machine):
         )
 
 
+class Router(Machine):
+    """The router of a LAN of the laptop's, and every neighbour that a test needs there."""
+
+    def __init__(self, lab: "Lab", name: str, fd: int, subnet: IPv4Network) -> None:
+        super().__init__(lab, name, fd, str(subnet[1]))
+        self.subnet = subnet
+
+
 class Lab:
     """All the machines of one test; leaving the context takes them away."""
 
@@ -353,31 +362,38 @@ class Lab:
         here.ip(f"link set {device} up")
         there.ip(f"link set {peer} up")
 
-    def plug(self, device: str, subnet: str, *, default: bool = True) -> Machine:
-        """Give the laptop an uplink `device` into a new LAN, and return that LAN's router.
+    def plug(self, device: str, subnet: str, *, default: bool = True) -> "Router":
+        """Give the laptop an uplink `device` into a new LAN, and return that LAN's router: `network`, then `join`."""
+        router = self.network(subnet)
+        self.join(device, router, default=default)
+        return router
 
-        The router is .1 (its device `lan0`; `inet0` leads to the internet, which has a route back), the laptop .2,
-        with the default route unless `default` is False.
-        """
-        net, number = IPv4Network(subnet), self._uplinks
+    def network(self, subnet: str) -> "Router":
+        """Make a LAN and return its router, .1 there; its `inet0` leads to the internet, which has a route back."""
+        number = self._uplinks
         self._uplinks += 1
-        router = self.machine(f"lan{number}" if number else "lan", str(net[1]))
-        self.wire(self.laptop, device, router, "lan0")
+        router = Router(self, f"lan{number}" if number else "lan", self.new_namespace(), IPv4Network(subnet))
+        router.sysctl("ipv4/icmp_ratelimit", 0)
+        router.sysctl("ipv4/ip_forward", 1)
         self.wire(router, "inet0", self.internet, f"isp{number}")
         near, far = f"203.0.113.{4 * number + 1}", f"203.0.113.{4 * number + 2}"
-        router.sysctl("ipv4/ip_forward", 1)
-        router.ip(
-            f"addr add {net[1]}/{net.prefixlen} dev lan0",
-            f"addr add {near}/30 dev inet0",
-            f"route add default via {far}",
-        )
+        router.ip("link set lo up", f"addr add {near}/30 dev inet0", f"route add default via {far}")
         self.internet.ip(
-            f"addr add {far}/30 dev isp{number}", f"route add {net} via {near} src {self.internet.address}"
+            f"addr add {far}/30 dev isp{number}", f"route add {router.subnet} via {near} src {self.internet.address}"
         )
-        self.laptop.ip(f"addr add {net[2]}/{net.prefixlen} dev {device}")
-        if default:
-            self.laptop.ip(f"route replace default via {net[1]} dev {device}")
         return router
+
+    def join(self, device: str, router: "Router", *, default: bool = True) -> None:
+        """Plug the laptop into a LAN: its `device` and the router's `lan0` are the two ends of a cable.
+
+        The laptop is .2 there, with the default route unless `default` is False.
+        """
+        prefix = router.subnet.prefixlen
+        self.wire(self.laptop, device, router, "lan0")
+        router.ip(f"addr add {router.address}/{prefix} dev lan0")
+        self.laptop.ip(f"addr add {router.subnet[2]}/{prefix} dev {device}")
+        if default:
+            self.laptop.ip(f"route replace default via {router.address} dev {device}")
 
     def narrow(self, mtu: int) -> None:
         """Give the link between the first LAN and the internet an MTU of `mtu` bytes."""

@@ -1,26 +1,38 @@
 """Nothing to do on a move: whatever uplinks there are, guests keep their addresses and go on."""
 
+import itertools
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 import pytest
 
-from tests.kernel.machine import ECHO_PORT, TIMEOUT, Machine
+from tests.kernel import frames
+from tests.kernel.flows import Flow, unanswered
+from tests.kernel.machine import ECHO_PORT, TIMEOUT, Machine, wait_until
 from tests.kernel.net import FORMS, Guest, Lab, forms_here
+from tests.kernel.warm import Warm
 
 ALL = {"tcp", "udp", "ping"}
 INTERNET = "198.51.100.2"
+Move: TypeAlias = Callable[[Lab], Iterator[bool]]
 
 
 @pytest.fixture
-def guests(lab: Lab) -> list[Guest]:
+def guests(lab: Lab, warm: Warm) -> list[Guest]:
     """One of each kind and mode, each with an echo server; the internet has one too."""
-    made = [lab.laptop.guest(form, *options) for form, options in forms_here().items()]
-    for guest in made:
-        guest.serve()
     lab.internet.serve()
-    return made
+    return made(lab, warm)
+
+
+def made(lab: Lab, warm: Warm) -> list[Guest]:
+    guests = []
+    for form, options in forms_here().items():
+        [info] = warm.vmnet(lab.laptop, "create", form, *options, "--json").json
+        guests.append(lab.laptop.boot(info))
+        guests[-1].serve()
+    return guests
 
 
 def assert_all_is_well(lab: Lab, guests: list[Guest], *, online: bool = True) -> None:
@@ -36,55 +48,199 @@ def addresses(lab: Lab) -> dict[str, str]:
     return {info["name"]: info["address"] for info in lab.laptop.vmnet("list", "--json").json}
 
 
-def exchange(lab: Lab) -> None:
-    """Leave one LAN and join another."""
-    lab.laptop.unplug("wlan0")
-    lab.plug("wlan1", "10.99.0.0/16")
+def another_lan(lab: Lab) -> Iterator[bool]:
+    """Leave one LAN and join another, whatever addresses it has, with another card."""
+    device = "wlan0"
+    for number, subnet in enumerate(("10.1.0.0/16", "172.16.5.0/24", "192.168.1.0/24", "100.64.0.0/10")):
+        lab.laptop.unplug(device)
+        device = f"wlan{number + 1}"
+        lab.plug(device, subnet)
+        yield True
 
 
-def add_second(lab: Lab) -> None:
-    """Plug a cable in as well, with the default route."""
-    lab.plug("enp3s0", "172.20.5.0/24")
-
-
-def same_name_other_lan(lab: Lab) -> None:
+def another_lan_same_card(lab: Lab) -> Iterator[bool]:
     """Join another Wi-Fi with the same card."""
     lab.laptop.unplug("wlan0")
     lab.plug("wlan0", "192.168.1.0/24")
+    yield True
 
 
-def full_tunnel(lab: Lab) -> None:
-    """Bring a VPN up as wg-quick does: rules before ours, the default route in a table of its own."""
+def no_lan(lab: Lab) -> Iterator[bool]:
+    """Lose every uplink for a while."""
+    lab.laptop.unplug("wlan0")
+    yield False
+    lab.join("wlan0", lab.lan)
+    yield True
+
+
+def no_route(lab: Lab) -> Iterator[bool]:
+    """Lose the way out for a while; the LAN and the address stay."""
+    lab.laptop.ip("route del default")
+    yield False
+    lab.laptop.ip("route add default via 192.168.77.1")
+    yield True
+
+
+def a_new_lease(lab: Lab) -> Iterator[bool]:
+    """Get other addresses on the same card from one DHCP server after the other: the LAN is renumbered."""
+    held = "192.168.77.2/24"
+    for subnet in ("10.7.0", "192.168.77", "172.20.1"):
+        lab.lan.ip(f"addr replace {subnet}.1/24 dev lan0")
+        lab.internet.ip(f"route replace {subnet}.0/24 via 203.0.113.1 src {INTERNET}")
+        lab.laptop.ip(
+            f"addr del {held} dev wlan0", f"addr add {subnet}.9/24 dev wlan0", f"route add default via {subnet}.1"
+        )
+        held = f"{subnet}.9/24"
+        yield True
+
+
+def renamed(lab: Lab) -> Iterator[bool]:
+    """Rename the uplink, as udev does, down and (where the kernel takes it) up."""
+    lab.laptop.ip("link set wlan0 down", "link set wlan0 name wlp2s0", "link set wlp2s0 up")
+    yield False
+    lab.laptop.ip("route add default via 192.168.77.1")
+    yield True
+    lab.laptop.ip("link set wlp2s0 name wlan0", check=False)
+    yield True
+
+
+def a_second_uplink(lab: Lab) -> Iterator[bool]:
+    """Plug a cable in as well, with the default route, and out again."""
+    lab.plug("enp3s0", "172.20.5.0/24")
+    yield True
+    lab.laptop.unplug("enp3s0")
+    lab.laptop.ip("route add default via 192.168.77.1")
+    yield True
+
+
+def by_metric(lab: Lab) -> Iterator[bool]:
+    """Have two uplinks; the better one, then the worse one by now, and then just what makes it better is lost."""
+    laptop, cable = lab.laptop, lab.plug("enp3s0", "172.20.5.0/24", default=False)
+    wifi_route, cable_route = "default via 192.168.77.1", f"default via {cable.address}"
+    laptop.ip("route del default", f"route add {wifi_route} metric 600", f"route add {cable_route} metric 100")
+    yield True
+    laptop.ip(f"route del {wifi_route} metric 600", f"route add {wifi_route} metric 50")
+    yield True
+    laptop.ip(f"route del {wifi_route} metric 50")
+    yield True
+    laptop.ip(f"route add {wifi_route} metric 50")
+    yield True
+    laptop.ip("addr del 192.168.77.2/24 dev wlan0")
+    yield True
+    laptop.ip("addr add 192.168.77.2/24 dev wlan0", f"route add {wifi_route} metric 50")
+    yield True
+    # Without this the kernel goes on to use a link that is dead, for the host too, until somebody takes its route.
+    laptop.sysctl("ipv4/conf/all/ignore_routes_with_linkdown", 1)
+    lab.lan.ip("link set lan0 down")
+    assert wait_until(lambda: "linkdown" in laptop.run("ip", "route"))
+    yield True
+
+
+def full_tunnel(lab: Lab) -> Iterator[bool]:
+    """Bring a VPN up as wg-quick does, rules before ours and the default route in a table of its own; and down."""
     router = lab.plug("wg0", "10.8.0.0/24", default=False)
+    rules = ("not fwmark 51820 table 51820", "table main suppress_prefixlength 0")
     lab.laptop.ip(
-        f"route add default via {router.address} dev wg0 table 51820",
-        "rule add not fwmark 51820 table 51820",
-        "rule add table main suppress_prefixlength 0",
+        f"route add default via {router.address} dev wg0 table 51820", *(f"rule add {rule}" for rule in rules)
     )
+    yield True
+    lab.laptop.ip(*(f"rule del {rule}" for rule in rules))
+    yield True
+    lab.laptop.ip(*(f"rule add {rule}" for rule in rules))
+    yield True
+    lab.laptop.ip("link del wg0", *(f"rule del {rule}" for rule in rules))
+    yield True
 
 
-MOVES: dict[str, Callable[[Lab], None]] = {
-    "another LAN": exchange,
-    "a second uplink": add_second,
-    "the same card": same_name_other_lan,
-    "a full tunnel": full_tunnel,
-}
+def half_routes(lab: Lab) -> Iterator[bool]:
+    """Bring a VPN up as OpenVPN does, with two halves of the default route; it dies and leaves nothing."""
+    router = lab.plug("tun0", "10.8.0.0/24", default=False)
+    lab.laptop.ip(*(f"route add {half} via {router.address}" for half in ("0.0.0.0/1", "128.0.0.0/1")))
+    yield True
+    lab.laptop.unplug("tun0")
+    yield True
 
 
-@pytest.mark.parametrize("move", MOVES)
-def test_guests_go_on_after_a_move(lab: Lab, guests: list[Guest], move: str) -> None:
+def ipv6_only(lab: Lab) -> Iterator[bool]:
+    """Join a LAN that has nothing but IPv6, and one that has IPv4 again."""
+    lab.laptop.ip(
+        "addr flush dev wlan0", "addr add 2001:db8:77::2/64 dev wlan0", "route add default via 2001:db8:77::1 dev wlan0"
+    )
+    yield False
+    lab.laptop.ip("addr add 192.168.77.2/24 dev wlan0", "route add default via 192.168.77.1")
+    yield True
+
+
+def nothing_but_127(lab: Lab) -> Iterator[bool]:
+    """Join a LAN of 127.1.x.x: no kernel, this one neither, sends anything there."""
+    lab.lan.sysctl("ipv4/conf/lan0/route_localnet", 1)
+    lab.lan.ip("addr add 127.1.0.1/16 dev lan0")
+    heard = lab.lan.sniff("lan0")
+    lab.laptop.ip(
+        "addr flush dev wlan0", "addr add 127.1.0.77/24 dev wlan0", "route add default via 127.1.0.1 dev wlan0"
+    )
+    yield False
+    assert not [frame for frame in heard.frames() if frames.kind_of(frame) == frames.IPV4]
+    lab.laptop.ip("addr del 127.1.0.77/24 dev wlan0", "addr add 192.168.77.2/24 dev wlan0")
+    lab.laptop.ip("route add default via 192.168.77.1")
+    yield True
+
+
+MOVES = (
+    another_lan, another_lan_same_card, no_lan, no_route, a_new_lease, renamed, a_second_uplink, by_metric,
+    full_tunnel, half_routes, ipv6_only, nothing_but_127,
+)  # fmt: skip
+"""Each does the next step of a move when it is asked for one, and yields whether there is a way out by now."""
+
+
+@pytest.mark.parametrize("move", MOVES, ids=lambda move: move.__name__)
+def test_guests_go_on_after_each_step_of_a_move(lab: Lab, guests: list[Guest], move: Move) -> None:
+    """New connections work at once; where the translation was the old uplink's, the kernel takes one packet for it."""
     assert_all_is_well(lab, guests)
     before = addresses(lab)
-    MOVES[move](lab)
-    assert_all_is_well(lab, guests)
+    flows = [Flow(guest, INTERNET, kind) for guest in guests for kind in ("udp", "ping")]
+    assert not unanswered(flows)
+    for online in move(lab):
+        if online:
+            assert not unanswered(unanswered(flows))
+        assert_all_is_well(lab, guests, online=online)
     assert addresses(lab) == before
+    assert lab.laptop.vmnet("plan").out == ""
 
 
-def test_guests_go_on_without_any_uplink(lab: Lab, guests: list[Guest]) -> None:
-    lab.laptop.unplug("wlan0")
-    assert_all_is_well(lab, guests, online=False)
-    lab.plug("eth9", "10.1.0.0/24")
+@pytest.mark.parametrize("first", ["guests", "lan"])
+def test_a_lan_that_gives_out_a_guests_addresses_takes_nothing(lab: Lab, warm: Warm, first: str) -> None:
+    """Debian's dhclient and udhcpc were seen to take 127.1.0.2, and 247.1.0.2, from a DHCP server that offers it."""
+    lab.internet.serve()
+    warm.vmnet(lab.laptop, "carve")
+    guests = made(lab, warm) if first == "guests" else []
+    for block in range(len(forms_here())):
+        ends = (f"{net}.1.0.{4 * block + last}" for net in (127, 247) for last in (1, 2))
+        lab.laptop.ip(*(f"addr add {end}/16 dev wlan0" for end in ends))
+    guests = guests or made(lab, warm)
     assert_all_is_well(lab, guests)
+    assert warm.vmnet(lab.laptop, "plan").out == ""
+
+
+def test_a_neighbour_with_an_address_of_the_pool_stays_alone(lab: Lab, guests: list[Guest]) -> None:
+    """The LAN spells its own with 127.1.x.x: nobody here takes it for a guest or answers it, or asks for it there."""
+    lab.laptop.ip("addr add 127.1.0.77/16 dev wlan0")
+    heard = lab.lan.sniff("lan0")
+    ours, theirs = lab.laptop.mac("wlan0"), lab.lan.mac("lan0")
+    targets = [address for guest in guests for address in (guest.address, guest.shadow, guest.gateway)]
+    targets += ["127.1.0.77", "127.0.0.1", "192.168.77.2"]
+    listeners = [machine.serve(4999) for machine in (lab.laptop, *guests)]
+    sources = ["127.1.0.9", *(guest.address for guest in guests)]
+    for source, target in itertools.product(sources, targets):
+        lab.lan.send(
+            "lan0",
+            frames.ether(ours, theirs, frames.IPV4, frames.udp(source, target, 4999, b"hello")),
+            frames.ether(frames.BROADCAST, theirs, frames.ARP, frames.arp(1, (theirs, source), (ours, target))),
+        )
+    assert_all_is_well(lab, guests)
+    assert not [listener for listener in listeners if listener.received]
+    borne = {address for frame in heard.frames() for address in frames.addresses_of(frame)}
+    assert not [address for address in borne if address.startswith(("127.", "247."))]
 
 
 def test_guests_are_made_without_any_uplink(lab: Lab) -> None:
@@ -107,7 +263,8 @@ def test_open_connections_outlive_a_move(lab: Lab, guests: list[Guest]) -> None:
         connection.connect((address, ECHO_PORT))
         connection.sendall(b"before")
         assert connection.recv(100) == b"before"
-    exchange(lab)
+    lab.laptop.unplug("wlan0")
+    lab.plug("wlan1", "10.99.0.0/16")
     for connection in open_ones:
         connection.sendall(b"after")
         assert connection.recv(100) == b"after"

@@ -74,6 +74,7 @@ _TUNSETIFF, _TUNSETPERSIST, _TUNSETOWNER, _TUNSETIFINDEX = 0x400454CA, 0x400454C
 _IFF_TUN, _IFF_TAP, _IFF_NO_PI, _IFF_MULTI_QUEUE = 0x1, 0x2, 0x1000, 0x100
 
 _NEW = NLM_F_CREATE | NLM_F_EXCL
+_ROUTE_FLAGS = {"add": _NEW, "append": NLM_F_CREATE | NLM_F_APPEND, "prepend": NLM_F_CREATE}
 # What says that the wanted state is already there.
 _SETTLED: dict[type, frozenset[int]] = {
     AddRoute: frozenset({errno.EEXIST}),
@@ -292,8 +293,7 @@ class _Run:
 
 
 def _add_route(op: AddRoute) -> Message:
-    flags = NLM_F_CREATE | NLM_F_APPEND if op.append else _NEW
-    return Message(RTM_NEWROUTE, flags, wire.route(op.route, op.ifindex))
+    return Message(RTM_NEWROUTE, _ROUTE_FLAGS[op.verb], wire.route(op.route, op.ifindex))
 
 
 def _set_filter(op: SetFilter) -> Message:
