@@ -5,6 +5,7 @@ import struct
 import pytest
 
 from tests.kernel.machine import ECHO_PORT, QUIET, Machine
+from tests.kernel.neighbours import tunnel
 from tests.kernel.net import FORMS, Guest, Lab
 
 BULK = bytes(range(256)) * 256
@@ -24,21 +25,9 @@ MASQUERADE = "table ip others { chain p { type nat hook postrouting priority 100
 @pytest.fixture
 def vpn(lab: Lab) -> Machine:
     """The far end of a tunnel with a small MTU, which never says that something is too big for it."""
-    far = lab.machine("vpn", "10.66.0.1")
-    near = lab.laptop.open_device("tun0", "tun")
-    lab.wire_up(near, far.open_device("tun0", "tun"))
-    lab.wire(far, "inet0", lab.internet, "vpn0")
-    far.sysctl("ipv4/ip_forward", 1)
+    far = tunnel(lab, NARROW)
     far.run("nft", "-f", "-", stdin=SILENT)
-    far.ip(
-        f"link set tun0 mtu {NARROW} up", "addr add 10.66.0.1/24 dev tun0",
-        "addr add 203.0.113.129/30 dev inet0", "route add default via 203.0.113.130",
-    )  # fmt: skip
-    lab.internet.ip("addr add 203.0.113.130/30 dev vpn0", "route add 10.66.0.0/24 via 203.0.113.129 src 198.51.100.2")
-    lab.laptop.ip(
-        f"link set tun0 mtu {NARROW} up", "addr add 10.66.0.2/24 dev tun0",
-        "route replace default dev tun0 src 10.66.0.2",
-    )  # fmt: skip
+    lab.laptop.ip("route replace default dev tun0 src 10.66.0.2")
     return far
 
 

@@ -205,7 +205,16 @@ def forwards_for_others() -> bool:
 
 
 def _translates(rules: str) -> bool:
-    return re.search(r"\b(masquerade|snat|netmap)\b", rules, re.IGNORECASE) is not None
+    """Say whether any rule, of nft or iptables, translates addresses of a network.
+
+    One that goes by a mark alone is no sign: Tailscale has one on every host, and leaves forwarding to its user.
+    """
+    translating = [
+        line for line in rules.splitlines() if re.search(r"\b(masquerade|snat|netmap)\b", line, re.IGNORECASE)
+    ]
+    return any(
+        not re.search(r"\bmark\b", line) or re.search(r"\b(saddr|[io]if\w*)\b| -[sio] ", line) for line in translating
+    )
 
 
 def _output(*argv: str) -> str | None:

@@ -1,0 +1,536 @@
+"""Other software on the laptop: what each sets up, with what it has of its own, and what is asked to see who is hurt.
+
+    scene = Scene(warm, lab)
+    DOCKER.start(scene)                  # its rules, its bridge and a container: scene.box
+    alone = scene.asked()                # the names of those of QUESTIONS that have an answer
+    scene.create()                       # two guests
+    scene.assert_guests_work()
+
+`NEIGHBOURS` is the table; the rules in it are those that the programs themselves make, or the programs are run.
+"""
+
+import selectors
+import socket
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from ipaddress import IPv4Network
+from typing import TypeAlias
+
+from tests.kernel.machine import ECHO_PORT, QUIET, Machine, wait_until
+from tests.kernel.net import FORMS, Guest, Lab, Result
+from tests.kernel.warm import Warm
+from tests.system.roots import Rooted
+
+HOST = "192.168.77.2"
+ALLOWED, CLOSED, PUBLISHED = 22, 2222, 8080
+"""Ports of the laptop: firewalls of the table allow the first, the last is a container's."""
+
+HOSTS = frozenset({"host to internet", "LAN to allowed port"})
+
+Question: TypeAlias = tuple[Machine, str, int]
+
+
+def reached(asked: Mapping[str, Question], expected: Iterable[str] = ()) -> set[str]:
+    """Connect to many at once, by TCP; return the names of those that are connected.
+
+    Those `expected` are waited for; what has no answer until they and a little time are there, has none.
+    """
+    found: set[str] = set()
+    patient = set(expected)
+    end = time.monotonic() + QUIET
+    with selectors.DefaultSelector() as poll, ExitStack() as sockets:
+        for name, (machine, address, port) in asked.items():
+            client = sockets.enter_context(machine.socket(socket.AF_INET, socket.SOCK_STREAM))
+            client.setblocking(False)
+            if client.connect_ex((address, port)) in (0, 115):  # EINPROGRESS
+                poll.register(client, selectors.EVENT_WRITE, name)
+
+        def all_told() -> bool:
+            for key, _ in poll.select(0.01):
+                poll.unregister(key.fileobj)
+                if key.fileobj.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0:  # type: ignore[union-attr]
+                    found.add(key.data)
+            return not poll.get_map() or (patient <= found and time.monotonic() > end)
+
+        wait_until(all_told)
+    return found
+
+
+def tunnel(lab: Lab, mtu: int = 1420, subnet: str = "10.66.0.0/24", device: str = "tun0") -> Machine:
+    """Give the laptop a tunnel, .2, and return its far end, .1, which leads to the internet; no route leads into it."""
+    network = IPv4Network(subnet)
+    far = lab.machine("vpn", str(network[1]))
+    near = lab.laptop.open_device(device, "tun")
+    lab.wire_up(near, far.open_device("tun0", "tun"))
+    lab.wire(far, "inet0", lab.internet, "vpn0")
+    far.sysctl("ipv4/ip_forward", 1)
+    far.ip(
+        f"link set tun0 mtu {mtu} up", f"addr add {network[1]}/{network.prefixlen} dev tun0",
+        "addr add 203.0.113.129/30 dev inet0", "route add default via 203.0.113.130",
+    )  # fmt: skip
+    lab.internet.ip("addr add 203.0.113.130/30 dev vpn0", f"route add {network} via 203.0.113.129 src 198.51.100.2")
+    lab.laptop.ip(f"link set {device} mtu {mtu} up", f"addr add {network[2]}/{network.prefixlen} dev {device}")
+    return far
+
+
+class Scene:
+    """A laptop between a LAN and an office, a neighbour's container on it perhaps, and two guests after `create`."""
+
+    def __init__(self, warm: Warm, lab: Lab) -> None:
+        self.warm, self.lab, self.laptop = warm, lab, lab.laptop
+        self.guests: list[Guest] = []
+        self.box: Machine | None = None
+        self.debian: Rooted | None = None
+        self.saved = ""
+        self.office = lab.plug("eth1", "10.50.0.0/24", default=False)
+        self.office.ip("route add 192.168.77.0/24 via 10.50.0.2")
+        lab.lan.ip(f"route add 10.50.0.0/24 via {HOST}")
+        for machine in (lab.internet, lab.lan, self.office):
+            machine.serve()
+        for port in (ALLOWED, CLOSED):
+            self.laptop.serve(port)
+
+    def put_box(self, bridge: str, subnet: str) -> None:
+        """Put a bridge with a container behind it, as container engines do; the LAN knows the way there."""
+        network = IPv4Network(subnet)
+        self.box = self.lab.machine("box", str(network[2]))
+        self.lab.wire(self.laptop, "veth0box", self.box, "eth0")
+        self.laptop.ip(
+            f"link add {bridge} type bridge", f"link set veth0box master {bridge}", f"link set {bridge} up",
+            f"addr add {network[1]}/{network.prefixlen} dev {bridge}",
+        )  # fmt: skip
+        self.box.ip(f"addr add {network[2]}/{network.prefixlen} dev eth0", f"route add default via {network[1]}")
+        self.adopt_box(self.box)
+
+    def adopt_box(self, box: Machine) -> None:
+        """Take a machine for the neighbour's container."""
+        self.box = box
+        for port in (ECHO_PORT, 80):
+            box.serve(port)
+        self.lab.lan.ip(f"route add {box.address} via {HOST}")
+
+    def rules(self, program: str, text: str) -> None:
+        """Load rules with a program of the restore family, and keep those there are."""
+        self.laptop.run(f"{program}-restore", "-n", "-w", stdin=text)
+
+    def nft(self, text: str) -> None:
+        """Load rules of nftables."""
+        self.laptop.run("nft", "-f", "-", stdin=text)
+
+    def create(self) -> None:
+        """Create one guest of each mode."""
+        for mode in ("native", "mapped"):
+            [info] = self.vmnet("create", mode, *FORMS[f"veth-{mode}"], "--json").json
+            self.guests.append(self.laptop.boot(info))
+        for guest in self.guests:
+            guest.serve()
+            gateway = guest.shadow.rpartition(".")[0] + f".{int(guest.shadow.rpartition('.')[2]) - 1}"
+            for port in (53, 1053):
+                self.laptop.serve(port, gateway)
+
+    def vmnet(self, *args: str, check: bool = True) -> Result:
+        """Run the command line."""
+        return self.warm.vmnet(self.laptop, *args, check=check)
+
+    def asked(self, expected: Iterable[str] = ()) -> set[str]:
+        """Return who reaches what, of all that does not need vmnet; see `reached`."""
+        lan, laptop = self.lab.lan, self.laptop
+        questions: dict[str, Question] = {
+            "host to internet": (laptop, self.lab.internet.address, ECHO_PORT),
+            "LAN to allowed port": (lan, HOST, ALLOWED),
+            "LAN to closed port": (lan, HOST, CLOSED),
+            "LAN to office": (lan, self.office.address, ECHO_PORT),
+        }
+        if self.box:
+            questions |= {
+                "container to internet": (self.box, self.lab.internet.address, ECHO_PORT),
+                "host to container": (laptop, self.box.address, ECHO_PORT),
+                "LAN to published port": (lan, HOST, PUBLISHED),
+                "LAN to container": (lan, self.box.address, ECHO_PORT),
+            }
+        return reached(questions, expected)
+
+    def assert_guests_work(self) -> None:
+        """Ask from and to guests, in all directions, new connections each time."""
+        one, other = self.guests
+        asked: dict[str, Question] = {"one to other": (one, one.knows(other), ECHO_PORT)}
+        asked["other to one"] = (other, other.knows(one), ECHO_PORT)
+        for guest in self.guests:
+            asked |= {
+                f"host to {guest.mode}": (self.laptop, guest.address, ECHO_PORT),
+                f"{guest.mode} to internet": (guest, self.lab.internet.address, ECHO_PORT),
+                f"{guest.mode} to LAN": (guest, self.lab.lan.address, ECHO_PORT),
+                f"{guest.mode} to office": (guest, self.office.address, ECHO_PORT),
+                f"{guest.mode} to names": (guest, guest.guest_gateway, 53),
+            }
+        assert set(asked) - reached(asked, asked) == set()
+        for guest in self.guests:
+            assert guest.udp(self.lab.internet.address) == b"hello"
+            assert guest.ping(self.lab.internet.address)
+            assert self.laptop.ping(guest.address)
+
+    def assert_guests_are_closed(self, alone: set[str]) -> None:
+        """Ask what nobody may: LAN to guests, containers to guests, and guests what the LAN may not either."""
+        asked: dict[str, Question] = {}
+        for guest in self.guests:
+            self.lab.lan.ip(f"route replace {guest.shadow} via {HOST}")
+            asked |= {
+                f"LAN to {guest.mode}": (self.lab.lan, guest.shadow, ECHO_PORT),
+                f"{guest.mode} to host": (guest, HOST, ALLOWED),
+            }
+            if self.box:
+                asked[f"container to {guest.mode}"] = (self.box, guest.shadow, ECHO_PORT)
+                if "LAN to container" not in alone:
+                    asked[f"{guest.mode} to container"] = (guest, self.box.address, ECHO_PORT)
+        assert reached(asked) == set()
+        if "LAN to published port" in alone:
+            published = {guest.mode: (guest, HOST, PUBLISHED) for guest in self.guests}
+            assert reached(published, published) == set(published)
+
+    def theirs(self) -> dict[str, str]:
+        """Return what is in the firewalls of others and in the routing rules, without counters."""
+        commands = [f"{program}-save" for program in ("iptables-nft", "iptables-legacy") if self.has(program)]
+        shown = {command: self.laptop.run(command) for command in commands}
+        for command, text in shown.items():
+            lines = [line.partition(" [")[0] for line in text.splitlines() if not line.startswith("#")]
+            shown[command] = "\n".join(lines)
+        return {**shown, "rules": self.laptop.run("ip", "rule"), "links": self.laptop.run("ip", "-br", "link")}
+
+    def has(self, program: str) -> bool:
+        """Tell whether the laptop uses this iptables: to ask the older one is to begin to."""
+        if program == "iptables-nft":
+            return True
+        return "filter" in self.laptop.run("cat", "/proc/net/ip_tables_names", check=False)
+
+
+Deed: TypeAlias = Callable[[Scene], object]
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """Other software: how it begins, and what it does again later (`again`).
+
+    `needs` is what guests need after it begins or begins anew: "nothing", or "up", which the watcher does too. `opens`
+    and `closes` are names of questions that have an answer, or none, with it alone. `program` is the iptables
+    that it uses, and `debian` says that it comes from a Debian system.
+    """
+
+    name: str
+    start: Deed
+    again: Deed | None = None
+    needs: str = "nothing"
+    opens: frozenset[str] = HOSTS
+    closes: frozenset[str] = frozenset()
+    program: str = "iptables-nft"
+    debian: bool = False
+
+
+# Docker
+
+VM = HOSTS | {"container to internet", "host to container"}
+CONTAINER = VM | {"LAN to published port"}
+
+
+def docker(rules: str, program: str, bridge: str) -> Deed:
+    """Return what the daemon does as it starts: forwarding on, and FORWARD to DROP if it was off."""
+
+    def start(scene: Scene) -> None:
+        scene.put_box(bridge, "172.17.0.0/16")
+        if scene.laptop.sysctl("ipv4/ip_forward") == "0":
+            scene.laptop.sysctl("ipv4/ip_forward", 1)
+        # Set in any case: many have it from a start before vmnet's, or from their own rules.
+        scene.laptop.run(program, "-P", "FORWARD", "DROP")
+        scene.rules(program, rules.replace("docker0", bridge))
+
+    return start
+
+
+def docker_again(rules: str, program: str, bridge: str) -> Deed:
+    """Return what a restart of the daemon does to rules: its own chains are made anew, DOCKER-USER is left."""
+    return lambda scene: scene.rules(program, rules.replace("docker0", bridge).replace(":DOCKER-USER - [0:0]\n", ""))
+
+
+_DOCKER_NAT = """\
+*nat
+:DOCKER - [0:0]
+-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER
+-A OUTPUT ! -d 127.0.0.0/8 -m addrtype --dst-type LOCAL -j DOCKER
+-A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE
+-A DOCKER ! -i docker0 -p tcp -m tcp --dport 8080 -j DNAT --to-destination 172.17.0.2:80
+COMMIT
+"""
+DOCKER_28 = f"""{_DOCKER_NAT}*raw
+-A PREROUTING -d 172.17.0.2/32 ! -i docker0 -j DROP
+COMMIT
+*filter
+:DOCKER - [0:0]
+:DOCKER-BRIDGE - [0:0]
+:DOCKER-CT - [0:0]
+:DOCKER-FORWARD - [0:0]
+:DOCKER-ISOLATION-STAGE-1 - [0:0]
+:DOCKER-ISOLATION-STAGE-2 - [0:0]
+:DOCKER-USER - [0:0]
+-I FORWARD -j DOCKER-FORWARD
+-I FORWARD -j DOCKER-USER
+-A DOCKER -d 172.17.0.2/32 ! -i docker0 -o docker0 -p tcp -m tcp --dport 80 -j ACCEPT
+-A DOCKER ! -i docker0 -o docker0 -j DROP
+-A DOCKER-BRIDGE -o docker0 -j DOCKER
+-A DOCKER-CT -o docker0 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+-A DOCKER-FORWARD -j DOCKER-CT
+-A DOCKER-FORWARD -j DOCKER-ISOLATION-STAGE-1
+-A DOCKER-FORWARD -j DOCKER-BRIDGE
+-A DOCKER-FORWARD -i docker0 -j ACCEPT
+-A DOCKER-ISOLATION-STAGE-1 -i docker0 ! -o docker0 -j DOCKER-ISOLATION-STAGE-2
+-A DOCKER-ISOLATION-STAGE-2 -o docker0 -j DROP
+COMMIT
+"""
+DOCKER_20 = f"""{_DOCKER_NAT}*filter
+:DOCKER - [0:0]
+:DOCKER-ISOLATION-STAGE-1 - [0:0]
+:DOCKER-ISOLATION-STAGE-2 - [0:0]
+:DOCKER-USER - [0:0]
+-I FORWARD -i docker0 -o docker0 -j ACCEPT
+-I FORWARD -i docker0 ! -o docker0 -j ACCEPT
+-I FORWARD -o docker0 -j DOCKER
+-I FORWARD -o docker0 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+-I FORWARD -j DOCKER-ISOLATION-STAGE-1
+-I FORWARD -j DOCKER-USER
+-A DOCKER -d 172.17.0.2/32 ! -i docker0 -o docker0 -p tcp -m tcp --dport 80 -j ACCEPT
+-A DOCKER-ISOLATION-STAGE-1 -i docker0 ! -o docker0 -j DOCKER-ISOLATION-STAGE-2
+-A DOCKER-ISOLATION-STAGE-1 -j RETURN
+-A DOCKER-ISOLATION-STAGE-2 -o docker0 -j DROP
+-A DOCKER-ISOLATION-STAGE-2 -j RETURN
+-A DOCKER-USER -j RETURN
+COMMIT
+"""
+
+
+def dockers() -> Iterable[Neighbour]:
+    for name, rules, program, bridge in (
+        ("Docker 28", DOCKER_28, "iptables-nft", "docker0"),
+        ("Docker 28, older iptables", DOCKER_28, "iptables-legacy", "docker0"),
+        ("Docker 20.10", DOCKER_20, "iptables-nft", "br-5f3a6c7d8e9f"),
+        ("Docker 20.10, a bridge of another name", DOCKER_20, "iptables-legacy", "mynet0"),
+    ):
+        yield Neighbour(
+            name, docker(rules, program, bridge), docker_again(rules, program, bridge), "up", CONTAINER,
+            frozenset({"LAN to container", "LAN to office"}), program,
+        )  # fmt: skip
+
+
+def docker_saved(scene: Scene) -> None:
+    """Docker, whose rules an administrator has saved."""
+    docker(DOCKER_28, "iptables-nft", "docker0")(scene)
+    scene.saved = "\n".join(line for line in scene.laptop.run("iptables-nft-save").splitlines() if "vmn" not in line)
+
+
+def restore_saved(scene: Scene) -> None:
+    """Put back what was saved, and nothing else: that is what iptables-restore does."""
+    scene.laptop.run("iptables-nft-restore", stdin=f"{scene.saved}\n")
+
+
+# libvirt
+
+LIBVIRT_IPTABLES = """\
+*filter
+:LIBVIRT_FWI - [0:0]
+:LIBVIRT_FWO - [0:0]
+:LIBVIRT_FWX - [0:0]
+:LIBVIRT_INP - [0:0]
+:LIBVIRT_OUT - [0:0]
+-A INPUT -j LIBVIRT_INP
+-A FORWARD -j LIBVIRT_FWX
+-A FORWARD -j LIBVIRT_FWI
+-A FORWARD -j LIBVIRT_FWO
+-A OUTPUT -j LIBVIRT_OUT
+-A LIBVIRT_FWI -d 192.168.122.0/24 -o virbr0 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+-A LIBVIRT_FWI -o virbr0 -j REJECT --reject-with icmp-port-unreachable
+-A LIBVIRT_FWO -s 192.168.122.0/24 -i virbr0 -j ACCEPT
+-A LIBVIRT_FWO -i virbr0 -j REJECT --reject-with icmp-port-unreachable
+-A LIBVIRT_FWX -i virbr0 -o virbr0 -j ACCEPT
+-A LIBVIRT_INP -i virbr0 -p udp -m udp --dport 53 -j ACCEPT
+-A LIBVIRT_INP -i virbr0 -p tcp -m tcp --dport 53 -j ACCEPT
+-A LIBVIRT_INP -i virbr0 -p udp -m udp --dport 67 -j ACCEPT
+-A LIBVIRT_INP -i virbr0 -p tcp -m tcp --dport 67 -j ACCEPT
+-A LIBVIRT_OUT -o virbr0 -p udp -m udp --dport 53 -j ACCEPT
+-A LIBVIRT_OUT -o virbr0 -p tcp -m tcp --dport 53 -j ACCEPT
+-A LIBVIRT_OUT -o virbr0 -p udp -m udp --dport 68 -j ACCEPT
+-A LIBVIRT_OUT -o virbr0 -p tcp -m tcp --dport 68 -j ACCEPT
+COMMIT
+*nat
+:LIBVIRT_PRT - [0:0]
+-A POSTROUTING -j LIBVIRT_PRT
+-A LIBVIRT_PRT -s 192.168.122.0/24 -d 224.0.0.0/24 -j RETURN
+-A LIBVIRT_PRT -s 192.168.122.0/24 -d 255.255.255.255/32 -j RETURN
+-A LIBVIRT_PRT -s 192.168.122.0/24 ! -d 192.168.122.0/24 -p tcp -j MASQUERADE --to-ports 1024-65535
+-A LIBVIRT_PRT -s 192.168.122.0/24 ! -d 192.168.122.0/24 -p udp -j MASQUERADE --to-ports 1024-65535
+-A LIBVIRT_PRT -s 192.168.122.0/24 ! -d 192.168.122.0/24 -j MASQUERADE
+COMMIT
+"""
+LIBVIRT_NFT = """\
+table ip libvirt_network {
+    chain forward {
+        type filter hook forward priority filter; policy accept;
+        counter jump guest_cross
+        counter jump guest_input
+        counter jump guest_output
+    }
+    chain guest_output {
+        ip saddr 192.168.122.0/24 iifname "virbr0" counter accept
+        iifname "virbr0" counter reject
+    }
+    chain guest_input {
+        oifname "virbr0" ip daddr 192.168.122.0/24 ct state related,established counter accept
+        oifname "virbr0" counter reject
+    }
+    chain guest_cross {
+        iifname "virbr0" oifname "virbr0" counter accept
+    }
+    chain guest_nat {
+        type nat hook postrouting priority srcnat; policy accept;
+        ip saddr 192.168.122.0/24 ip daddr 224.0.0.0/24 counter return
+        ip saddr 192.168.122.0/24 ip daddr 255.255.255.255 counter return
+        meta l4proto tcp ip saddr 192.168.122.0/24 ip daddr != 192.168.122.0/24 counter masquerade to :1024-65535
+        meta l4proto udp ip saddr 192.168.122.0/24 ip daddr != 192.168.122.0/24 counter masquerade to :1024-65535
+        ip saddr 192.168.122.0/24 ip daddr != 192.168.122.0/24 counter masquerade
+    }
+}
+"""
+
+
+def libvirt(scene: Scene) -> None:
+    scene.laptop.sysctl("ipv4/ip_forward", 1)
+    scene.put_box("virbr0", "192.168.122.0/24")
+    scene.rules("iptables-nft", LIBVIRT_IPTABLES)
+
+
+def newer_libvirt(scene: Scene) -> None:
+    scene.laptop.sysctl("ipv4/ip_forward", 1)
+    scene.put_box("virbr0", "192.168.122.0/24")
+    scene.nft(LIBVIRT_NFT)
+
+
+# Hardening by hand
+
+CIS_IPTABLES = """\
+*filter
+-A INPUT -i lo -j ACCEPT
+-A INPUT -s 127.0.0.0/8 -j DROP
+-A OUTPUT -o lo -j ACCEPT
+-A INPUT -p tcp -m tcp --dport 2222 -j DROP
+COMMIT
+"""
+CIS_NFT = """\
+table inet filter {
+    chain input {
+        type filter hook input priority filter; policy accept;
+        iif lo accept
+        ip saddr 127.0.0.0/8 counter drop
+        ip6 saddr ::1 counter drop
+        tcp dport 2222 drop
+    }
+}
+"""
+# What docs/reference/neighbours.md tells those to add who have a policy of their own.
+FORWARD_DROP = """\
+*filter
+:FORWARD DROP [0:0]
+-A FORWARD -i vmn-+ -j ACCEPT
+-A FORWARD -o vmn-+ -j ACCEPT
+COMMIT
+"""
+
+
+def route_localnet(scene: Scene) -> None:
+    scene.laptop.sysctl("ipv4/conf/all/route_localnet", 1)
+
+
+# VPNs
+
+WG_QUICK = """\
+table ip wg-quick-tun0 {
+    chain preraw {
+        type filter hook prerouting priority -300;
+        iifname != "tun0" ip daddr 10.66.0.2 fib saddr type != local drop
+    }
+    chain premangle {
+        type filter hook prerouting priority -150;
+        meta l4proto udp meta mark set ct mark
+    }
+    chain postmangle {
+        type filter hook postrouting priority -150;
+        meta l4proto udp meta mark 51820 ct mark set meta mark
+    }
+}
+"""
+
+
+def wg_quick(scene: Scene) -> None:
+    """Bring a WireGuard tunnel up for all addresses, as wg-quick does."""
+    tunnel(scene.lab)
+    scene.laptop.ip(
+        "route add 0.0.0.0/0 dev tun0 table 51820",
+        "rule add not fwmark 51820 table 51820",
+        "rule add table main suppress_prefixlength 0",
+    )
+    scene.laptop.sysctl("ipv4/conf/all/src_valid_mark", 1)
+    scene.nft(WG_QUICK)
+
+
+TAILSCALE = """\
+*filter
+:ts-forward - [0:0]
+:ts-input - [0:0]
+-I INPUT -j ts-input
+-I FORWARD -j ts-forward
+-A ts-forward -i tailscale0 -j MARK --set-xmark 0x40000/0xff0000
+-A ts-forward -m mark --mark 0x40000/0xff0000 -j ACCEPT
+-A ts-forward -s 100.64.0.0/10 -o tailscale0 -j DROP
+-A ts-forward -o tailscale0 -j ACCEPT
+-A ts-input -s 100.101.102.2/32 -i lo -j ACCEPT
+-A ts-input -s 100.115.92.0/23 ! -i tailscale0 -j RETURN
+-A ts-input -s 100.64.0.0/10 ! -i tailscale0 -j DROP
+-A ts-input -i tailscale0 -j ACCEPT
+-A ts-input -p udp -m udp --dport 41641 -j ACCEPT
+COMMIT
+*nat
+:ts-postrouting - [0:0]
+-A POSTROUTING -j ts-postrouting
+-A ts-postrouting -m mark --mark 0x40000/0xff0000 -j MASQUERADE
+COMMIT
+"""
+
+
+def tailscale(scene: Scene) -> None:
+    """Bring Tailscale up with an exit node that leaves the LAN reachable."""
+    tunnel(scene.lab, 1280, "100.101.102.0/24", "tailscale0")
+    scene.rules("iptables-nft", TAILSCALE)
+    scene.laptop.ip(
+        *(f"rule add pref {pref} fwmark 0x80000/0xff0000 {goes}"
+          for pref, goes in ((5210, "table main"), (5230, "table default"), (5250, "unreachable"))),
+        "rule add pref 5270 table 52",
+        "route add default dev tailscale0 table 52",
+        "route add 100.64.0.0/10 dev tailscale0 table 52",
+        "route add throw 127.0.0.0/8 table 52",
+        "route add throw 192.168.77.0/24 table 52",
+        "route add throw 10.50.0.0/24 table 52",
+    )  # fmt: skip
+
+
+NEIGHBOURS = [
+    *dockers(),
+    Neighbour("iptables-restore", docker_saved, restore_saved, "up", CONTAINER, frozenset({"LAN to container"})),
+    Neighbour("libvirt", libvirt, opens=VM, closes=frozenset({"LAN to container"})),
+    Neighbour("libvirt with nftables", newer_libvirt, opens=VM, closes=frozenset({"LAN to container"})),
+    Neighbour("CIS", lambda scene: scene.rules("iptables-nft", CIS_IPTABLES), closes=frozenset({"LAN to closed port"})),
+    Neighbour("CIS with nftables", lambda scene: scene.nft(CIS_NFT), closes=frozenset({"LAN to closed port"})),
+    Neighbour(
+        "FORWARD DROP by hand", lambda scene: scene.rules("iptables-nft", FORWARD_DROP),
+        closes=frozenset({"LAN to office"}),
+    ),
+    Neighbour("route_localnet", route_localnet),
+    Neighbour("wg-quick", wg_quick),
+    Neighbour("Tailscale", tailscale),
+]  # fmt: skip

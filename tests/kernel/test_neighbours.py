@@ -1,0 +1,72 @@
+"""Beside other software guests go on, nothing of others is broken, and nothing that others keep closed is opened."""
+
+import pytest
+
+from tests.kernel.neighbours import NEIGHBOURS, Neighbour, Scene
+from tests.kernel.net import Lab
+from tests.kernel.warm import Warm
+
+
+@pytest.fixture
+def scene(warm: Warm, lab: Lab, neighbour: Neighbour) -> Scene:
+    if lab.laptop.execute(neighbour.program, "-S").code:
+        pytest.skip(f"needs {neighbour.program}, and a kernel that has its tables")
+    return Scene(warm, lab)
+
+
+each = pytest.mark.parametrize("neighbour", NEIGHBOURS, ids=lambda one: one.name)
+
+
+def assert_all_is_well(scene: Scene, neighbour: Neighbour, alone: set[str]) -> None:
+    """Assert that guests work, and that others reach what they reach without vmnet: as much, or less that is closed."""
+    if neighbour.needs == "up":
+        scene.vmnet("up")
+    assert scene.vmnet("plan").out == ""
+    scene.assert_guests_work()
+    scene.assert_guests_are_closed(alone)
+    beside = scene.asked(neighbour.opens)
+    assert beside <= alone
+    assert beside >= neighbour.opens
+
+
+@each
+def test_vmnet_comes_to_where_it_is(scene: Scene, neighbour: Neighbour) -> None:
+    neighbour.start(scene)
+    alone, theirs = scene.asked(neighbour.opens), scene.theirs()
+    assert alone >= neighbour.opens
+    assert not alone & neighbour.closes
+    scene.create()
+    scene.assert_guests_work()
+    assert_all_is_well(scene, neighbour, alone)
+    if neighbour.again:
+        neighbour.again(scene)
+        assert_all_is_well(scene, neighbour, alone)
+    scene.vmnet("delete", "--all")
+    scene.vmnet("restore")
+    assert scene.asked(alone) == alone
+    left = scene.theirs()
+    assert "--comment vmnet" not in str(left)
+    if not neighbour.again:
+        assert left == theirs
+
+
+@each
+def test_it_comes_to_where_vmnet_is(scene: Scene, neighbour: Neighbour) -> None:
+    scene.create()
+    scene.assert_guests_work()
+    neighbour.start(scene)
+    if neighbour.needs == "up":
+        scene.vmnet("up")
+    beside = scene.asked(neighbour.opens)
+    assert_all_is_well(scene, neighbour, beside)
+    if neighbour.again:
+        neighbour.again(scene)
+        assert_all_is_well(scene, neighbour, beside)
+    scene.vmnet("delete", "--all")
+    scene.vmnet("restore")
+    alone = scene.asked(beside)
+    assert alone >= neighbour.opens
+    assert not alone & neighbour.closes
+    assert beside <= alone
+    assert beside >= neighbour.opens
+    assert "--comment vmnet" not in str(scene.theirs())
