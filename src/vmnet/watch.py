@@ -8,8 +8,7 @@ import fcntl
 import os
 import sys
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,16 +20,15 @@ from vmnet.model import Conflict, Lease, VmnetError
 from vmnet.ops import Op
 from vmnet.platform import EventSource, Glance, Heard, Report
 from vmnet.signs import Service, Signs
+from vmnet.truces import LIMIT, Truces
 
 INTERVAL = 15.0
 # So long after an event it is quiet, or it is a storm; while it storms, looks come ever more seldom.
 _SETTLE, _LONGEST_GAP, _QUIET = 0.01, 0.6, 1.0
 _JUMP = 2.0  # seconds that two clocks may part by between two looks
-# What is put right more often than this within a minute is left to whoever undoes it, longer each time.
-_FIGHT, _FIGHT_SPAN = 5, 60.0
-_LONGEST_TRUCE = 15 * 60.0
-# The namespaces of so many guests are looked into at each look, the others in turn: it takes 90 us each.
-_INSIDES = 125
+# The namespaces of so many guests are looked into at each look, the others in turn: each takes 0.1 ms.
+_INSIDES = 64
+_HALF_COPIED = 2.0  # seconds that a new version of vmnet has to be all there
 _LINES = 20  # of the log, for one look
 
 
@@ -74,40 +72,20 @@ def has_jumped(before: Clocks, now: Clocks) -> bool:
     return abs((now.wall - before.wall) - (now.steady - before.steady)) > _JUMP
 
 
-class Truces:
-    """Who undoes what we do more than five times a minute is not fought for ever: the op is held back for a while."""
+@dataclass
+class Orders:
+    """What a watcher is told to do: to stop, or to look at once. `wakeup` becomes readable with each order."""
 
-    def __init__(self) -> None:
-        self._times: dict[str, deque[float]] = {}
-        self._levels: Counter[str] = Counter()
-        self._until: dict[str, float] = {}
+    wakeup: int
+    stop: bool = False
+    look: bool = False
 
-    def note(self, op: str, now: float) -> float | None:
-        """Note that `op` was done; return for how many seconds it is left from now on, None for not at all."""
-        times = self._times.setdefault(op, deque(maxlen=_FIGHT + 1))
-        times.append(now)
-        if len(times) <= _FIGHT or now - times[0] > _FIGHT_SPAN:
-            return None
-        times.clear()
-        truce = min(_FIGHT_SPAN * (1 << self._levels[op]), _LONGEST_TRUCE)
-        self._levels[op] += 1
-        self._until[op] = now + truce
-        return truce
-
-    def holds(self, op: str, now: float) -> bool:
-        """Say whether `op` is held back."""
-        return self._until.get(op, 0.0) > now
-
-    def held(self, now: float) -> list[str]:
-        """Return what is held back."""
-        return sorted(op for op, until in self._until.items() if until > now)
-
-    def forget(self, now: float) -> None:
-        """Forget what has been quiet for long, so that weeks of notes stay few."""
-        for op, times in list(self._times.items()):
-            if now - max(self._until.get(op, 0.0), times[-1] if times else 0.0) > _LONGEST_TRUCE:
-                for notes in (self._times, self._until, self._levels):
-                    notes.pop(op, None)
+    def is_to_look(self) -> bool:
+        """Say, once, whether there was an order to look."""
+        with suppress(BlockingIOError):
+            os.read(self.wakeup, 4096)
+        look, self.look = self.look, False
+        return look
 
 
 @dataclass
@@ -125,32 +103,31 @@ class _Clean:
 
 @dataclass
 class Watcher:
-    """Keeps the kernel as recorded until it is told to stop.
-
-    `wakeup` is a descriptor that becomes readable when there is something for `stopping` to say.
-    """
+    """Keeps the kernel as recorded until it is told to stop."""
 
     open_engine: OpenEngine
     service: Service
     run: Path
-    wakeup: int
-    stopping: Callable[[], bool]
+    orders: Orders
     open_events: OpenEvents = open_events
     interval: float = INTERVAL
     metrics: Path | None = None
     clocks: Callable[[], Clocks] = read_clocks
+    truces: Truces = field(default_factory=Truces)
     _engine: Engine = field(init=False)
     _events: EventSource = field(init=False)
     _open: ExitStack = field(init=False, default_factory=ExitStack)
-    _truces: Truces = field(init=False, default_factory=Truces)
     _clean: _Clean = field(init=False, default_factory=_Clean)
     _leases: list[Lease] | None = field(init=False, default=None)
     _stamp: tuple[object, ...] | None = field(init=False, default=None)
     _part: int = field(init=False, default=0)
     _done: list[Op] = field(init=False, default_factory=list)
-    _wrong: set[str] = field(init=False, default_factory=set)
+    _wrong: dict[str, str] = field(init=False, default_factory=dict)
+    _warnings: set[str] = field(init=False, default_factory=set)
+    _warned: set[str] = field(init=False, default_factory=set)
     _code: tuple[int, ...] = field(init=False, default_factory=_code_stamp)
-    _newer: tuple[int, ...] | None = field(init=False, default=None)
+    _newer: tuple[tuple[int, ...], float] | None = field(init=False, default=None)
+    _has_jumped: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self._signs = Signs(self.run, self.metrics, self.interval)
@@ -168,19 +145,21 @@ class Watcher:
 
     def warn(self, text: str) -> None:
         """Hear what a person should know."""
-        self._complain({text})
+        self._warnings.add(text)
 
     def _holds_back(self, op: Op) -> bool:
-        return self._truces.holds(str(op), self._now.steady)
+        return self.truces.holds(str(op), self._now.steady)
 
     # The loop
 
     def watch(self) -> None:
         """Keep watch; raises what keeps it from beginning."""
         with ExitStack() as stack:
-            lead = stack.enter_context(_Lead(self.run))
             self._reopen()
             stack.callback(self._close)
+            self._engine.platform.need_rights()
+            self._engine.recorded()
+            lead = stack.enter_context(_Lead(self.run))
             self.service.ready()
             self._wait_to_lead(lead)
             self._loop()
@@ -195,7 +174,7 @@ class Watcher:
         if lead.take():
             return
         self.service.log("standing by", reason="another watcher is at work")
-        while not self.stopping() and not lead.take():
+        while not self.orders.stop and not lead.take():
             self._events.hear(min(self.interval, 1.0))
             self.service.alive()
 
@@ -203,9 +182,10 @@ class Watcher:
         cause, heard, gap, looked = "start", Heard(lost=True), 0.0, -_QUIET
         due = act = self._read_clocks().steady
         self.service.log("watching", version=__version__, interval=f"{self.interval:g}s")
-        while not self.stopping():
-            if self._has_jumped:
-                cause, heard, act = "resume", heard._replace(clock=True), self._now.steady
+        while not self.orders.stop:
+            if self._has_jumped or self.orders.is_to_look():
+                cause, heard, act = "resume" if self._has_jumped else "order", Heard(clock=True), self._now.steady
+                self._has_jumped = False
                 self._reopen()
             elif heard.anything and self._now.steady >= act:
                 self._look(cause, heard)
@@ -215,6 +195,8 @@ class Watcher:
             elif self._now.steady >= due:
                 self._look("look", None)
                 due = self._read_clocks().steady + self.interval
+            if self._newer:
+                due = min(due, self._now.steady + _HALF_COPIED)
             more = self._hear((min(act, due) if heard.anything else due) - self._now.steady)
             now = self._read_clocks().steady
             if more.anything and not heard.anything:
@@ -224,12 +206,12 @@ class Watcher:
 
     def _read_clocks(self) -> Clocks:
         before, self._now = self._now, self.clocks()
-        self._has_jumped = has_jumped(before, self._now)
+        self._has_jumped |= has_jumped(before, self._now)
         return self._now
 
     def _hear(self, timeout: float) -> Heard:
         try:
-            heard = self._events.hear(timeout)
+            heard = self._events.hear(min(timeout, self.service.patience or timeout))
         except OSError as error:
             self.service.log("events reopened", reason=error.strerror or "a socket is dead", level="warning")
             self._reopen()
@@ -245,7 +227,7 @@ class Watcher:
         self._stamp = None
         with ExitStack() as fresh:
             engine = fresh.enter_context(self.open_engine(self, self._holds_back))
-            events = self.open_events(engine, self.wakeup)
+            events = self.open_events(engine, self.orders.wakeup)
             fresh.callback(events.close)
             self._open.close()
             self._engine, self._events, self._open = engine, events, fresh.pop_all()
@@ -257,23 +239,30 @@ class Watcher:
         if self._is_outdated():
             return
         self._done.clear()
+        self._warnings.clear()
+        seen: Collection[str] | None = ()
         problems: dict[str, VmnetError] = {}
         try:
             changed = self._learn()
-            if self._leases is not None:
-                if heard and not (heard.lost or heard.clock):
-                    names = heard.names | (changed if heard.marks else set())
-                    problems = self._engine.keep(names, host=heard.host, orphans=heard.marks)
-                else:
-                    problems = self._look_all(changed)
-                    if cause == "look" and changed:
-                        cause = "records"
+            if self._leases is None:
+                seen = None
+            elif heard and not (heard.lost or heard.clock):
+                names = heard.names | (changed if heard.marks else set())
+                seen = [*names, ""] if heard.host else names
+                problems = self._engine.keep(names, host=heard.host, orphans=heard.marks)
+            else:
+                seen, problems = self._look_all(changed)
+                if cause == "look" and changed:
+                    cause = "records"
         except (VmnetError, OSError) as error:
-            problems[""] = error if isinstance(error, VmnetError) else VmnetError(error.strerror or str(error))
+            problems = {"": error if isinstance(error, VmnetError) else VmnetError(error.strerror or str(error))}
             self._clean.forget()
-            if isinstance(error, OSError):
-                self._stamp = None
-        self._tell(cause, heard.programs if heard else (), problems)
+            self._stamp = None
+        self._tell(cause, heard.programs if heard else ())
+        self._complain(seen, problems)
+        self._signs.show(
+            len(self._leases or ()), self.truces.held(self._now.steady), sorted({*self._wrong.values(), *self._warned})
+        )
 
     def _learn(self) -> set[str]:
         """Read the records where they have changed; return whose have."""
@@ -289,28 +278,25 @@ class Watcher:
         self._stamp = stamp
         return {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)}
 
-    def _look_all(self, changed: Collection[str]) -> dict[str, VmnetError]:
+    def _look_all(self, changed: Collection[str]) -> tuple[Collection[str] | None, dict[str, VmnetError]]:
+        """Look everywhere; return whom it was about (None: all), and what stays wrong."""
         glance, part, inside = self._glance()
         new_host = glance.host is None or glance.host != self._clean.host
         new_guests = glance.guests != self._clean.guests or bool(changed)
         new_inside = glance.insides != self._clean.insides.get(part)
         if not (new_host or new_guests or new_inside):
-            return {}
+            self._part += 1
+            return (), {}
         names = None if new_guests else [one.name for one in inside] if new_inside else []
         problems = self._engine.keep(names, host=new_host, orphans=new_guests)
         # Some other state may have been there in between: what is taken for clean was so before and after.
         again, _, _ = self._glance()
-        held = self._truces.held(self._now.steady)
-        if (
-            not self._done
-            and not held
-            and again == glance
-            and all(isinstance(one, Conflict) for one in problems.values())
-        ):
+        lasting = all(isinstance(one, Conflict) for one in problems.values())
+        if again == glance and lasting and not self._done and not self.truces.held(self._now.steady):
             self._clean.host, self._clean.guests = glance.host, glance.guests
             self._clean.insides[part] = glance.insides
-            self._part += 1
-        return problems
+        self._part += 1
+        return None if names is None else [*names, ""] if new_host else names, problems
 
     def _glance(self) -> tuple[Glance, int, Sequence[Lease]]:
         """Return what the kernel shows, which part of the namespaces it is about, and whose these are."""
@@ -325,49 +311,54 @@ class Watcher:
         code = _code_stamp()
         if code == self._code:
             self._newer = None
-            return False
-        if code == self._newer:
+        elif self._newer is None or self._newer[0] != code:
+            self._newer = code, self._now.steady
+        elif self._now.steady - self._newer[1] >= _HALF_COPIED:
             self.service.log("starting anew", reason="vmnet has changed on disk")
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-        self._newer = code
-        return True
+        return code != self._code
 
     # What is told
 
-    def _tell(self, cause: str, programs: Sequence[str], problems: dict[str, VmnetError]) -> None:
-        by = {"by": " ".join(programs)} if programs and self._done else {}
+    def _tell(self, cause: str, programs: Sequence[str]) -> None:
+        """Log what was done, and count it."""
+        self._signs.count("looks_total", cause)
+        self._signs.count("changes_total", cause, len(self._done))
+        if not self._done:
+            return
+        by = {"by": " ".join(programs)} if programs else {}
         for op in self._done[:_LINES]:
             self.service.log("changed", cause=cause, **by, op=str(op))
         if len(self._done) > _LINES:
             self.service.log("changed", cause=cause, **by, more=str(len(self._done) - _LINES))
-        self._signs.count("changes_total", cause, len(self._done))
-        self._signs.count("looks_total", cause)
-        if self._done and cause == "look":
+        if cause == "look":
             self.service.log("drift without event", level="warning", changes=str(len(self._done)))
             self._signs.count("unannounced_total", times=len(self._done))
             self._reopen()
         if cause in ("event", "look"):
             self._call_truces(by)
-        self._complain({f"{name}: {error.message}" if name else error.message for name, error in problems.items()})
-        self._truces.forget(self._now.steady)
-        self._signs.show(len(self._leases or ()), self._truces.held(self._now.steady), sorted(self._wrong))
 
     def _call_truces(self, by: dict[str, str]) -> None:
+        self.truces.forget(self._now.steady)
         for op in dict.fromkeys(map(str, self._done)):
-            truce = self._truces.note(op, self._now.steady)
+            truce = self.truces.note(op, self._now.steady)
             if truce:
                 self._signs.count("fights_total")
                 self._clean.forget()
                 self.service.log(
                     "left alone", level="warning", op=op, **by, seconds=f"{truce:.0f}",
-                    reason=f"it was undone more than {_FIGHT} times in a minute",
+                    reason=f"it was undone more than {LIMIT} times in a minute",
                 )  # fmt: skip
 
-    def _complain(self, texts: set[str]) -> None:
-        """Log what is wrong once, and again only after it was right."""
-        for text in sorted(texts - self._wrong):
+    def _complain(self, seen: Collection[str] | None, problems: Mapping[str, VmnetError]) -> None:
+        """Log what is wrong once, and again only after it was right; `seen` (None: all) is who was looked at."""
+        before = {*self._wrong.values(), *self._warned}
+        kept = {} if seen is None else {name: text for name, text in self._wrong.items() if name not in seen}
+        found = {name: f"{name}: {error.message}" if name else error.message for name, error in problems.items()}
+        self._wrong = kept | found
+        self._warned = set(self._warnings) if seen is None or seen else self._warned | self._warnings
+        for text in sorted({*self._wrong.values(), *self._warned} - before):
             self.service.log("wrong", level="error", problem=text)
-        self._wrong = texts
 
 
 class _Lead:

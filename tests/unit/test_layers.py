@@ -34,7 +34,8 @@ ALLOWED: dict[str, set[str]] = {
         "store",
     },
     "signs": {""},
-    "watch": {"", "engine", "model", "ops", "platform", "signs", "store"},
+    "truces": set(),
+    "watch": {"", "engine", "model", "ops", "platform", "signs", "truces"},
     "hooks": {"", "hooks", "model", "settings"},
     "cli": {
         "", "cli", "engine", "hooks", "linux", "model", "ops", "plan", "platform", "settings", "signs", "specs", "watch",

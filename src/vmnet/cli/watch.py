@@ -4,33 +4,28 @@ import json
 import os
 import signal
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from vmnet.cli.show import say
 from vmnet.settings import Paths
 from vmnet.signs import Service, read_status
-from vmnet.watch import OpenEngine, Watcher
+from vmnet.watch import OpenEngine, Orders, Watcher
 
 NOT_RUNNING = 10
 
 
-def run(open_engine: OpenEngine, paths: Paths, *, interval: float, metrics: Path | None, as_json: bool) -> None:
-    """Keep watch until SIGTERM or SIGINT; SIGHUP has it look at once."""
+def run(
+    open_engine: OpenEngine, paths: Paths, *, interval: float, metrics: Path | None, as_json: bool, **others: Any
+) -> None:
+    """Keep watch until SIGTERM or SIGINT; SIGHUP has it look at once; `others` is for the watcher."""
     reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    got: set[int] = set()
+    orders = Orders(reading)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda one, _: got.add(one))
-
-    def stopping() -> bool:
-        with suppress(BlockingIOError):
-            os.read(reading, 4096)
-        return bool(got & {signal.SIGTERM, signal.SIGINT})
-
+    for number, order in ((signal.SIGTERM, "stop"), (signal.SIGINT, "stop"), (signal.SIGHUP, "look")):
+        signal.signal(number, lambda *_, order=order: setattr(orders, order, True))
     service = Service(as_json=as_json)
-    Watcher(open_engine, service, paths.run, reading, stopping, interval=interval, metrics=metrics).watch()
+    Watcher(open_engine, service, paths.run, orders, interval=interval, metrics=metrics, **others).watch()
 
 
 def show_status(run: Path, *, as_json: bool) -> int:
