@@ -11,11 +11,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Literal
 
-from tests.kernel.machine import ECHO_PORT, Machine, checksum, drain, wait_until
+from tests.kernel.machine import ECHO_PORT, TIMEOUT, Machine, checksum, drain, wait_until
 
-PATIENCE = 0.5
-"""Seconds after which a packet counts as lost."""
-
+_SOON = 0.2
 _PORT = 4001
 _IDENTIFIER = 0x1234
 _ECHO, _ECHO_REPLY = 8, 0
@@ -52,8 +50,8 @@ class Flow:
         return any(packet.endswith(self._answer) for packet in drain(self._socket))
 
 
-def unanswered(flows: Iterable[Flow]) -> list[Flow]:
-    """Send one packet of each flow, and return the flows that get no answer."""
+def unanswered(flows: Iterable[Flow], patience: float = TIMEOUT) -> list[Flow]:
+    """Send one packet of each flow, and return the flows that get no answer within `patience` seconds."""
     left = list(flows)
     for flow in left:
         flow.ask()
@@ -62,8 +60,13 @@ def unanswered(flows: Iterable[Flow]) -> list[Flow]:
         left[:] = [flow for flow in left if not flow.is_answered()]
         return not left
 
-    wait_until(all_answered, PATIENCE)
+    wait_until(all_answered, patience)
     return left
+
+
+def black_holes(flows: Iterable[Flow]) -> list[Flow]:
+    """Return the flows that go on to get no answer; one packet of each may be lost, as a move takes it."""
+    return unanswered(unanswered(flows, _SOON))
 
 
 def _echo(kind: int, data: bytes) -> bytes:
