@@ -22,13 +22,13 @@ _ECHO, _ECHO_REPLY = 8, 0
 class Flow:
     """Datagrams of one port to the echo server of `address`, or echo requests of one identifier."""
 
-    def __init__(self, machine: Machine, address: str, kind: Literal["udp", "ping"]) -> None:
+    def __init__(self, machine: Machine, address: str, kind: Literal["udp", "ping"], port: int = _PORT) -> None:
         self._machine, self._kind = machine, kind
         self._tokens = itertools.count()
         self._answer = b""
         if kind == "udp":
             self._socket = machine.socket(socket.AF_INET, socket.SOCK_DGRAM)
-            self._socket.bind(("0.0.0.0", _PORT))
+            self._socket.bind(("0.0.0.0", port))
         else:
             self._socket = machine.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
         self._to = (address, ECHO_PORT if kind == "udp" else 0)

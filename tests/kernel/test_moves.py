@@ -10,12 +10,14 @@ import pytest
 
 from tests.kernel import frames
 from tests.kernel.flows import Flow, black_holes, unanswered
-from tests.kernel.machine import ECHO_PORT, TIMEOUT, Machine, wait_until
+from tests.kernel.machine import ECHO_PORT, QUIET, TIMEOUT, Machine, wait_until
 from tests.kernel.net import FORMS, Guest, Lab, forms_here
 from tests.kernel.warm import Warm
+from tests.kernel.watching import Watching
 
 ALL = {"tcp", "udp", "ping"}
 INTERNET = "198.51.100.2"
+HOOKS = ("prerouting", "output")
 Move: TypeAlias = Callable[[Lab], Iterator[bool]]
 
 
@@ -241,6 +243,40 @@ def test_a_neighbour_with_an_address_of_the_pool_stays_alone(lab: Lab, guests: l
     assert not [listener for listener in listeners if listener.received]
     borne = {address for frame in heard.frames() for address in frames.addresses_of(frame)}
     assert not [address for address in borne if address.startswith(("127.", "247."))]
+
+
+def other_rules() -> str:
+    """Return rules of somebody else that keep the kernel's connection tracking at work."""
+    hooks = "\n".join(
+        f"chain {hook} {{\ntype filter hook {hook} priority 0;\nct state new accept\n}}" for hook in HOOKS
+    )
+    return f"flush ruleset\ntable ip other {{\n{hooks}\n}}\n"
+
+
+@pytest.mark.xfail(reason="the kernel forgets translations to the far end's address, not to the one that went")
+def test_a_tunnel_that_gets_another_address_black_holes_nothing(lab: Lab, guests: list[Guest]) -> None:
+    """With a far end of its own (ppp, OpenVPN's net30) the kernel leaves old translations where they are."""
+    tunnel = lab.plug("tun0", "10.8.0.0/24", default=False)
+    halves = [f"route replace {half} via {tunnel.address} dev tun0" for half in ("0.0.0.0/1", "128.0.0.0/1")]
+    addresses = [f"10.8.0.{last} peer {tunnel.address} dev tun0" for last in (3, 4)]
+    flows = [Flow(guest, INTERNET, kind) for guest in guests for kind in ("udp", "ping")]
+    with Watching(lab.laptop):
+        lab.laptop.ip("addr flush dev tun0", f"addr add {addresses[0]}", *halves)
+        assert not black_holes(flows)
+        tunnel.ip("route add blackhole 10.8.0.3")
+        lab.laptop.ip(f"addr del {addresses[0]}", f"addr add {addresses[1]}", *halves)
+        assert not black_holes(flows)
+
+
+@pytest.mark.xfail(reason="what the kernel tracks without a translation stays without one")
+def test_what_begins_without_our_rules_goes_on_with_them(lab: Lab, guests: list[Guest]) -> None:
+    """As after `systemctl restart nftables`: their rules track connections, and ours are away for a moment."""
+    lab.laptop.run("nft", "-f", "-", stdin=other_rules())
+    flows = [Flow(guest, INTERNET, kind) for guest in guests for kind in ("udp", "ping")]
+    flows += [Flow(lab.laptop, guest.address, "udp", 4100 + number) for number, guest in enumerate(guests)]
+    assert len(unanswered(flows, QUIET)) == len(flows)
+    with Watching(lab.laptop):
+        assert not black_holes(flows)
 
 
 def test_guests_are_made_without_any_uplink(lab: Lab) -> None:
