@@ -184,6 +184,8 @@ DEVICE = [
     Drift("an address too many", ip("addr add 10.66.0.1/24 dev {device}")),
     Drift("another prefix", ip("addr del {here}/30 dev {device}", "addr add {here}/24 dev {device}")),
     Drift("the route lost", ip("route del table local {block} dev {device}")),
+    Drift("its own route lost", ip("route del table local {address}/32 dev {device}")),
+    Drift("the shadow's route lost", ip("route del table local {shadow}/32 dev {device}")),
     Drift("another source", ip("route change table local {block} dev {device} proto 127 scope link src 192.168.77.2")),
     Drift("a route too many", ip("route add 10.67.0.0/24 dev {device} proto 127")),
     Drift("the neighbour lost", ip("neigh del {guest_address} dev {device}"), ETHER),
