@@ -9,6 +9,8 @@
 `NEIGHBOURS` is the table; the rules in it are those that the programs themselves make, or the programs are run.
 """
 
+import json
+import os
 import selectors
 import socket
 import time
@@ -16,8 +18,10 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from ipaddress import IPv4Network
+from pathlib import Path
 from typing import TypeAlias
 
+import vmnet
 from tests.kernel.machine import ECHO_PORT, QUIET, Machine, wait_until
 from tests.kernel.net import FORMS, Guest, Lab, Result
 from tests.kernel.warm import Warm
@@ -30,6 +34,9 @@ ALLOWED, CLOSED, PUBLISHED = 22, 2222, 8080
 HOSTS = frozenset({"host to internet", "LAN to allowed port"})
 
 Question: TypeAlias = tuple[Machine, str, int]
+
+PATIENCE = 30.0
+"""Seconds until a program that is not ready never will be."""
 
 
 def reached(asked: Mapping[str, Question], expected: Iterable[str] = ()) -> set[str]:
@@ -119,6 +126,32 @@ class Scene:
         """Load rules of nftables."""
         self.laptop.run("nft", "-f", "-", stdin=text)
 
+    def debian_run(self, *argv: str, check: bool = True) -> str:
+        """Run a program of the Debian system; return what it printed."""
+        assert self.debian
+        return self.debian.run(*argv, check=check)
+
+    def daemon(self, *argv: str, until: Callable[[], bool]) -> None:
+        """Start a program of the Debian system that stays, and wait until it is ready."""
+        assert self.debian
+        name = argv[0].rpartition("/")[2]
+        self.debian.start("sh", "-c", f'exec "$@" >/tmp/{name}.log 2>&1', "sh", *argv)
+        log = self.debian.path(f"/tmp/{name}.log")
+        assert wait_until(until, PATIENCE), log.read_text()[-2000:]
+
+    def bus(self) -> None:
+        """Start the system's message bus."""
+        self.debian_run("mkdir", "-p", "/run/dbus")
+        socket_there = self.laptop.path("/run/dbus/system_bus_socket").exists
+        self.daemon("dbus-daemon", "--system", "--nofork", "--nopidfile", until=socket_there)
+
+    def etc(self, path: str, text: str) -> None:
+        """Write a file of the Debian system's /etc."""
+        assert self.debian
+        file = self.debian.path(f"/etc/{path}")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
     def create(self) -> None:
         """Create one guest of each mode."""
         for mode in ("native", "mapped"):
@@ -171,8 +204,8 @@ class Scene:
             assert guest.ping(self.lab.internet.address)
             assert self.laptop.ping(guest.address)
 
-    def assert_guests_are_closed(self, alone: set[str]) -> None:
-        """Ask what nobody may: LAN to guests, containers to guests, and guests what the LAN may not either."""
+    def assert_guests_are_closed(self, neighbour: "Neighbour") -> None:
+        """Ask what nobody may: LAN and container to guests, guests to the host, and to a container that is closed."""
         asked: dict[str, Question] = {}
         for guest in self.guests:
             self.lab.lan.ip(f"route replace {guest.shadow} via {HOST}")
@@ -182,10 +215,10 @@ class Scene:
             }
             if self.box:
                 asked[f"container to {guest.mode}"] = (self.box, guest.shadow, ECHO_PORT)
-                if "LAN to container" not in alone:
+                if "LAN to container" in neighbour.closes:
                     asked[f"{guest.mode} to container"] = (guest, self.box.address, ECHO_PORT)
         assert reached(asked) == set()
-        if "LAN to published port" in alone:
+        if "LAN to published port" in neighbour.opens:
             published = {guest.mode: (guest, HOST, PUBLISHED) for guest in self.guests}
             assert reached(published, published) == set(published)
 
@@ -196,7 +229,7 @@ class Scene:
         for command, text in shown.items():
             lines = [line.partition(" [")[0] for line in text.splitlines() if not line.startswith("#")]
             shown[command] = "\n".join(lines)
-        return {**shown, "rules": self.laptop.run("ip", "rule"), "links": self.laptop.run("ip", "-br", "link")}
+        return {**shown, "rules": self.laptop.run("ip", "rule"), "links": str(sorted(self.laptop.links()))}
 
     def has(self, program: str) -> bool:
         """Tell whether the laptop uses this iptables: to ask the older one is to begin to."""
@@ -519,6 +552,142 @@ def tailscale(scene: Scene) -> None:
     )  # fmt: skip
 
 
+# Programs of a Debian system
+
+NETAVARK = {
+    "container_id": "0123456789ab",
+    "container_name": "box",
+    "networks": {"podman": {"static_ips": ["10.88.0.2"], "interface_name": "eth0"}},
+    "port_mappings": [{"host_ip": "", "container_port": 80, "host_port": PUBLISHED, "range": 1, "protocol": "tcp"}],
+    "network_info": {
+        "podman": {
+            "name": "podman",
+            "id": "2f259bab93aaaaa2542ba43ef33eb990d0999ee1b9924b557b7be53c0b7a1bb9",
+            "driver": "bridge",
+            "network_interface": "podman0",
+            "subnets": [{"subnet": "10.88.0.0/16", "gateway": "10.88.0.1"}],
+            "ipv6_enabled": False,
+            "internal": False,
+            "dns_enabled": False,
+            "ipam_options": {"driver": "host-local"},
+        }
+    },
+}
+
+
+def podman(scene: Scene) -> None:
+    """Start a container as podman does: by netavark."""
+    laptop = scene.laptop
+    laptop.run("ip", "netns", "add", "box")
+    fd = os.open(laptop.path("/run/netns/box"), os.O_RDONLY | os.O_CLOEXEC)
+    scene.lab.at_exit(lambda: os.close(fd))
+    assert scene.debian
+    scene.debian.run(
+        "/usr/lib/podman/netavark", "--config", "/run/netavark", "setup", "/run/netns/box", stdin=json.dumps(NETAVARK)
+    )
+    scene.adopt_box(Machine(scene.lab, "box", fd, "10.88.0.2"))
+
+
+def ufw(scene: Scene) -> None:
+    scene.debian_run("ufw", "allow", f"{ALLOWED}/tcp")
+    scene.debian_run("ufw", "--force", "enable")
+
+
+def firewalld(scene: Scene) -> None:
+    """Start firewalld with the zone that `vmnet hooks install` writes."""
+    scene.etc("firewalld/zones/vmnet.xml", template("firewalld/vmnet.xml"))
+    scene.bus()
+    scene.daemon(
+        "firewalld", "--nofork", "--nopid",
+        until=lambda: scene.debian_run("firewall-cmd", "--state", check=False).strip() == "running",
+    )  # fmt: skip
+
+
+def panic(scene: Scene) -> None:
+    """Turn panic mode on and off, and reload."""
+    scene.debian_run("firewall-cmd", "--panic-on")
+    talks: dict[str, Question] = {"host to internet": (scene.laptop, scene.lab.internet.address, ECHO_PORT)}
+    talks |= {one.mode: (one, scene.lab.internet.address, ECHO_PORT) for one in scene.guests}
+    assert reached(talks) == set()
+    scene.debian_run("firewall-cmd", "--panic-off")
+    scene.debian_run("firewall-cmd", "--reload")
+
+
+def sysctl(scene: Scene) -> None:
+    """Apply what Debian says of the network; what it says of the rest of the machine is not for a test."""
+    scene.debian_run("sysctl", "--system", "--pattern", "^net")
+
+
+def hardened_sysctl(scene: Scene) -> None:
+    scene.etc("sysctl.d/99-hardening.conf", "net.ipv4.ip_forward = 0\nnet.ipv4.conf.all.rp_filter = 1\n")
+    sysctl(scene)
+
+
+def network_manager(scene: Scene) -> None:
+    """Start NetworkManager with the snippet that `vmnet hooks install` writes."""
+    scene.etc("NetworkManager/conf.d/50-vmnet.conf", template("networkmanager/vmnet.conf"))
+    network_manager_alone(scene)
+
+
+def network_manager_alone(scene: Scene) -> None:
+    scene.etc("NetworkManager/conf.d/uplinks.conf", "[keyfile]\nunmanaged-devices=interface-name:wlan0,eth1\n")
+    without_udev(scene)
+    scene.bus()
+    scene.daemon(
+        "NetworkManager", "--no-daemon",
+        until=lambda: "running" in scene.debian_run("nmcli", "-t", "-f", "RUNNING,STARTUP", "general", check=False),
+    )  # fmt: skip
+
+
+def networking_off_and_on(scene: Scene) -> None:
+    for word, says in (("off", "disabled"), ("on", "enabled")):
+        scene.debian_run("nmcli", "networking", word)
+        assert wait_until(lambda says=says: scene.debian_run("nmcli", "networking").strip() == says, PATIENCE)  # type: ignore[misc]
+
+
+def networkd(scene: Scene) -> None:
+    """Start networkd, which is to ask for an address on all it finds, with the files of `vmnet hooks install`."""
+    scene.etc("systemd/network/10-vmnet.network", template("networkd/vmnet.network"))
+    scene.etc("systemd/networkd.conf.d/vmnet.conf", template("networkd/vmnet.conf"))
+    networkd_alone(scene)
+
+
+def networkd_alone(scene: Scene) -> None:
+    scene.etc("systemd/network/50-all.network", "[Match]\nName=!wlan0 eth1\n[Network]\nDHCP=ipv4\n")
+    without_udev(scene)
+    scene.bus()
+    folders = ("/run/systemd/netif", "/run/systemd/netif/links", "/run/systemd/netif/leases")
+    scene.debian_run("install", "-d", "-o", "systemd-network", "-g", "systemd-network", *folders)
+    scene.daemon("/lib/systemd/systemd-networkd", until=lambda: "lo" in networkd_links(scene))
+
+
+def networkd_links(scene: Scene) -> dict[str, str]:
+    """Return networkd's states of the devices that it knows."""
+    lines = scene.debian_run("networkctl", "list", "--no-legend", check=False).splitlines()
+    return {words[1]: words[-1] for line in lines if len(words := line.split()) > 4}
+
+
+def without_udev(scene: Scene) -> None:
+    """Let programs take each device as ready: a /sys that nobody writes to says that there is no udev."""
+    scene.debian_run("mount", "-o", "remount,bind,ro", "/sys")
+
+
+def resolved(scene: Scene) -> None:
+    scene.bus()
+    scene.debian_run("install", "-d", "-o", "systemd-resolve", "-g", "systemd-resolve", "/run/systemd/resolve")
+    scene.daemon(
+        "/lib/systemd/systemd-resolved",
+        until=lambda: scene.laptop.path("/run/systemd/resolve/stub-resolv.conf").exists(),
+    )
+
+
+def template(name: str) -> str:
+    """Return a file of vmnet's own templates."""
+    return (Path(vmnet.__file__).parent / "templates" / name).read_text()
+
+
+NETWORK_MANAGER = Neighbour("NetworkManager without hooks", network_manager_alone, networking_off_and_on, debian=True)
+NETWORKD = Neighbour("systemd-networkd without hooks", networkd_alone, debian=True)
 NEIGHBOURS = [
     *dockers(),
     Neighbour("iptables-restore", docker_saved, restore_saved, "up", CONTAINER, frozenset({"LAN to container"})),
@@ -533,4 +702,15 @@ NEIGHBOURS = [
     Neighbour("route_localnet", route_localnet),
     Neighbour("wg-quick", wg_quick),
     Neighbour("Tailscale", tailscale),
+    Neighbour("Podman", podman, opens=CONTAINER, debian=True),
+    Neighbour(
+        "ufw", ufw, lambda scene: scene.debian_run("ufw", "reload"), "up",
+        closes=frozenset({"LAN to closed port", "LAN to office"}), debian=True,
+    ),
+    Neighbour("firewalld", firewalld, panic, closes=frozenset({"LAN to closed port"}), debian=True),
+    Neighbour("sysctl --system", sysctl, sysctl, debian=True),
+    Neighbour("ip_forward = 0 in sysctl.d", hardened_sysctl, sysctl, "up", debian=True),
+    Neighbour("NetworkManager", network_manager, networking_off_and_on, debian=True),
+    Neighbour("systemd-networkd", networkd, lambda scene: scene.debian_run("networkctl", "reload"), debian=True),
+    Neighbour("systemd-resolved", resolved, debian=True),
 ]  # fmt: skip

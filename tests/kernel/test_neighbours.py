@@ -2,19 +2,30 @@
 
 import pytest
 
-from tests.kernel.neighbours import NEIGHBOURS, Neighbour, Scene
+from tests.kernel.machine import wait_until
+from tests.kernel.neighbours import NEIGHBOURS, NETWORK_MANAGER, NETWORKD, PATIENCE, Neighbour, Scene
 from tests.kernel.net import Lab
 from tests.kernel.warm import Warm
+from tests.system.roots import NEIGHBOURS as DEBIAN
+from tests.system.roots import Rooted, debian_root
+
+FOUND = 10
 
 
 @pytest.fixture
 def scene(warm: Warm, lab: Lab, neighbour: Neighbour) -> Scene:
     if lab.laptop.execute(neighbour.program, "-S").code:
         pytest.skip(f"needs {neighbour.program}, and a kernel that has its tables")
-    return Scene(warm, lab)
+    made = Scene(warm, lab)
+    if neighbour.debian:
+        made.debian = Rooted(lab.laptop, debian_root("neighbours", DEBIAN))
+    return made
 
 
-each = pytest.mark.parametrize("neighbour", NEIGHBOURS, ids=lambda one: one.name)
+each = pytest.mark.parametrize(
+    "neighbour",
+    [pytest.param(one, id=one.name, marks=pytest.mark.root if one.debian else ()) for one in NEIGHBOURS],
+)
 
 
 def assert_all_is_well(scene: Scene, neighbour: Neighbour, alone: set[str]) -> None:
@@ -23,7 +34,7 @@ def assert_all_is_well(scene: Scene, neighbour: Neighbour, alone: set[str]) -> N
         scene.vmnet("up")
     assert scene.vmnet("plan").out == ""
     scene.assert_guests_work()
-    scene.assert_guests_are_closed(alone)
+    scene.assert_guests_are_closed(neighbour)
     beside = scene.asked(neighbour.opens)
     assert beside <= alone
     assert beside >= neighbour.opens
@@ -70,3 +81,16 @@ def test_it_comes_to_where_vmnet_is(scene: Scene, neighbour: Neighbour) -> None:
     assert beside <= alone
     assert beside >= neighbour.opens
     assert "--comment vmnet" not in str(scene.theirs())
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("neighbour", [NETWORK_MANAGER, NETWORKD], ids=lambda one: one.name)
+def test_without_hooks_it_takes_what_is_ours_and_up_takes_it_back(scene: Scene, neighbour: Neighbour) -> None:
+    """What the files of `vmnet hooks install` are for."""
+    scene.create()
+    neighbour.start(scene)
+    if neighbour.again:
+        neighbour.again(scene)
+    assert wait_until(lambda: scene.vmnet("plan", check=False).code == FOUND, PATIENCE)
+    scene.vmnet("up")
+    scene.assert_guests_work()
