@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import typer
 
 from vmnet.engine import Seen
+from vmnet.hooks import is_installed
 from vmnet.model import KernelRefused
 from vmnet.ops import Op
 from vmnet.plan import dotted, shadow_of
@@ -16,6 +17,8 @@ from vmnet.settings import Settings
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+    from vmnet.hooks.install import Step
 
 _PROGRESS_FROM = 500  # ops: fewer are done before a bar could be read
 
@@ -75,14 +78,21 @@ def print_guests(guests: Sequence[Seen], settings: Settings, *, created: bool = 
         )
         for one in guests
     ]  # fmt: skip
+    print_table(rows)
+    if created and len(guests) == 1 and sys.stdout.isatty():
+        say(_next_step(guests[0]))
+        if not is_installed():
+            say("after a reboot it comes back by itself once `vmnet hooks install` has been run")
+
+
+def print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    """Print rows in columns, the first of them as a heading."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     say(
         "\n".join(
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
         )
     )
-    if created and len(guests) == 1 and sys.stdout.isatty():
-        say(_next_step(guests[0]))
 
 
 def _next_step(seen: Seen) -> str:
@@ -94,7 +104,7 @@ def _next_step(seen: Seen) -> str:
     return f"\nnext: start a VM on the tap device {lease.device} with MAC {lease.mac}"
 
 
-def print_ops(ops: Sequence[Op], *, json_: bool, verbose: bool) -> None:
+def print_ops(ops: "Sequence[Op | Step]", *, json_: bool, verbose: bool) -> None:
     """Print a plan, to a person, as commands, or for a program."""
     if json_:
         say(json.dumps([{"op": type(op).__name__, "text": str(op), "command": op.command()} for op in ops]))

@@ -1,0 +1,200 @@
+"""What vmnet puts into other programs' folders: for each of them the files, and what must hear of them.
+
+A part more is an entry more in `PARTS`, and its templates.
+"""
+
+import os
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+_Question: TypeAlias = Callable[[], bool]
+
+ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+_FOLDERS = ENVIRONMENT["PATH"].split(":")
+_PATIENCE = 120  # seconds for a program to answer; a start of the service with thousands of guests takes most
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file at `target`, made from a template; or a link, where `link` says what it points to."""
+
+    target: str
+    template: str = ""
+    mode: int = 0o644
+    link: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A program to run after files have changed, if `when` says so; and without a change if it is `overdue`."""
+
+    argv: tuple[str, ...]
+    when: _Question
+    overdue: _Question = lambda: False
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What is installed for one other program; `found` says whether that is here.
+
+    Commands run after its files are installed, before they are taken away, and after that.
+    """
+
+    name: str
+    found: _Question
+    files: tuple[File, ...]
+    installed: tuple[Command, ...] = ()
+    leaving: tuple[Command, ...] = ()
+    gone: tuple[Command, ...] = ()
+
+
+def run(argv: tuple[str, ...]) -> str | None:
+    """Run a program to its end; return None when all is well, else what is not."""
+    try:
+        done = subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            env=ENVIRONMENT,
+            timeout=_PATIENCE,
+        )
+    except FileNotFoundError:
+        return f"there is no {argv[0]}"
+    except OSError as error:
+        return f"{argv[0]} cannot be run: {error.strerror}"
+    except subprocess.TimeoutExpired:
+        return f"it has not ended after {_PATIENCE} s"
+    if done.returncode == 0:
+        return None
+    words = (done.stderr.strip() or done.stdout.strip()).splitlines()
+    return words[0] if words else f"exit code {done.returncode}"
+
+
+def _exists(*paths: str) -> _Question:
+    return lambda: any(map(os.path.exists, paths))
+
+
+def _is_program(name: str) -> bool:
+    return any(os.access(f"{folder}/{name}", os.X_OK) for folder in _FOLDERS)
+
+
+def _has(program: str) -> _Question:
+    return lambda: _is_program(program)
+
+
+def _says_yes(*argv: str) -> _Question:
+    return lambda: _is_program(argv[0]) and run(argv) is None
+
+
+def _systemd_is_init() -> bool:
+    """Say whether systemd is what starts this machine, or will when it is a machine that starts (an image)."""
+    return os.path.realpath("/sbin/init").endswith("/systemd/systemd") or systemd_runs()
+
+
+def systemd_runs() -> bool:
+    """Say whether systemd is what runs this system now."""
+    return os.path.isdir("/run/systemd/system")  # sd_booted(3)
+
+
+def is_in_hosts_netns() -> bool:
+    """Say whether a service of the system's would work in the caller's network namespace."""
+    try:
+        return os.path.samestat(os.stat("/proc/1/ns/net"), os.stat("/proc/self/ns/net"))
+    except OSError:
+        return False
+
+
+def _service_may_start() -> bool:
+    return systemd_runs() and is_in_hosts_netns()
+
+
+def _is_down() -> bool:
+    return not _says_yes("systemctl", "is-active", "--quiet", "vmnet-watch.service")()
+
+
+def _sysvinit_runs() -> bool:
+    try:
+        return Path("/proc/1/comm").read_text().strip() == "init" and is_in_hosts_netns()
+    except OSError:
+        return False
+
+
+_UNITS = ("vmnet.service", "vmnet-watch.service")
+_UNIT_FOLDER = "/etc/systemd/system"
+_SCRIPT = "/etc/init.d/vmnet"
+_RELOAD = Command(("systemctl", "daemon-reload"), when=systemd_runs)
+_RELOAD_NETWORKD = Command(("networkctl", "reload"), when=_says_yes("systemctl", "is-active", "-q", "systemd-networkd"))
+_RELOAD_NETWORKMANAGER = Command(("nmcli", "general", "reload", "conf"), when=_says_yes("nmcli", "general", "status"))
+_RELOAD_FIREWALLD = Command(("firewall-cmd", "--reload"), when=_says_yes("firewall-cmd", "--state"))
+
+PARTS = (
+    Part(
+        "systemd",
+        found=_systemd_is_init,
+        files=(
+            *(File(f"{_UNIT_FOLDER}/{unit}", f"systemd/{unit}") for unit in _UNITS),
+            # What `systemctl enable` makes of their [Install], on machines without a systemctl that can run, too.
+            *(File(f"{_UNIT_FOLDER}/multi-user.target.wants/{unit}", link=f"{_UNIT_FOLDER}/{unit}") for unit in _UNITS),
+        ),
+        installed=(_RELOAD, Command(("systemctl", "restart", *_UNITS), when=_service_may_start, overdue=_is_down)),
+        leaving=(Command(("systemctl", "stop", *_UNITS), when=systemd_runs),),
+        gone=(_RELOAD,),
+    ),
+    Part(
+        "sysvinit",
+        found=lambda: not _systemd_is_init() and os.path.isdir("/etc/init.d") and _is_program("start-stop-daemon"),
+        files=(File(_SCRIPT, "sysvinit/vmnet", mode=0o755),),
+        installed=(
+            Command(("update-rc.d", "vmnet", "defaults"), when=_has("update-rc.d")),
+            Command(("chkconfig", "--add", "vmnet"), when=_has("chkconfig")),
+            Command((_SCRIPT, "restart"), when=_sysvinit_runs),
+        ),
+        leaving=(
+            Command((_SCRIPT, "stop"), when=_sysvinit_runs),
+            Command(("chkconfig", "--del", "vmnet"), when=_has("chkconfig")),
+        ),
+        gone=(Command(("update-rc.d", "vmnet", "remove"), when=_has("update-rc.d")),),
+    ),
+    Part(
+        "networkmanager",
+        found=_has("NetworkManager"),
+        files=(File("/etc/NetworkManager/conf.d/vmnet.conf", "networkmanager/vmnet.conf"),),
+        installed=(_RELOAD_NETWORKMANAGER,),
+        gone=(_RELOAD_NETWORKMANAGER,),
+    ),
+    Part(
+        "networkd",
+        found=_exists("/usr/lib/systemd/systemd-networkd", "/lib/systemd/systemd-networkd"),
+        files=(
+            File("/etc/systemd/network/05-vmnet.network", "networkd/vmnet.network"),
+            File("/etc/systemd/networkd.conf.d/vmnet.conf", "networkd/vmnet.conf"),
+        ),
+        installed=(_RELOAD_NETWORKD,),
+        gone=(_RELOAD_NETWORKD,),
+    ),
+    Part(
+        "udev",
+        # It reads its folders again by itself, before the next device.
+        found=_exists("/usr/lib/systemd/systemd-udevd", "/lib/systemd/systemd-udevd", "/bin/udevadm"),
+        files=(File("/etc/systemd/network/05-vmnet.link", "udev/vmnet.link"),),
+    ),
+    Part(
+        "sysctl",
+        found=_exists("/etc/sysctl.d"),
+        files=(File("/etc/sysctl.d/99-vmnet.conf", "sysctl/vmnet.conf"),),
+    ),
+    Part(
+        "firewalld",
+        found=_has("firewalld"),
+        files=(File("/etc/firewalld/zones/vmnet.xml", "firewalld/vmnet.xml"),),
+        # It takes away what others have set without --permanent: hence only when a file has changed.
+        installed=(_RELOAD_FIREWALLD,),
+        gone=(_RELOAD_FIREWALLD,),
+    ),
+)

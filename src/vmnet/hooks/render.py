@@ -1,0 +1,46 @@
+"""Render the templates: how vmnet is called where there is no environment, in the spelling of each kind of file."""
+
+import re
+import shlex
+from importlib.resources import files
+
+from vmnet.hooks.call import Call
+from vmnet.hooks.parts import File
+from vmnet.hooks.seal import seal
+
+_TOKEN = re.compile(r"@(COMMAND|ENVIRONMENT|SANDBOX)@")
+_BARE = re.compile(r"[A-Za-z0-9/_.,:=+-]+")
+# systemd's path_is_safe for ExecStart= knows no quotes and backslashes; a $ in the first word is not undoubled.
+_NO_PROGRAM = re.compile(r"[\"'\\$]")
+_BY_SHELL = ("/bin/sh", "-c", 'exec "$0" "$@"')
+
+
+def render(file: File, call: Call) -> bytes:
+    """Return the content of a file that has a template, sealed."""
+    folder = files("vmnet") / "templates"
+    is_unit = file.template.startswith("systemd/")
+    values = {
+        "COMMAND": command_line(call.argv) if is_unit else shlex.join(call.argv),
+        "ENVIRONMENT": "".join(
+            f"Environment={quote(f'{name}={value}')}\n" if is_unit else f"export {name}={shlex.quote(value)}\n"
+            for name, value in call.environment.items()
+        ),
+        "SANDBOX": (folder / "systemd" / "sandbox.conf").read_text() if is_unit else "",
+    }
+    text = (folder / file.template).read_text()
+    return seal(_TOKEN.sub(lambda token: values[token[1]], text))
+
+
+def command_line(argv: tuple[str, ...]) -> str:
+    """Return `argv` as the beginning of an ExecStart= (systemd.service(5), "Command lines")."""
+    if _NO_PROGRAM.search(argv[0]):
+        argv = (*_BY_SHELL, *argv)
+    return " ".join(quote(word).replace("$", "$$") for word in argv)
+
+
+def quote(text: str) -> str:
+    """Return `text` as one word of a unit's line: quotes (systemd.syntax(7)) and specifiers (systemd.unit(5))."""
+    if _BARE.fullmatch(text):
+        return text
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    return f'"{escaped}"'
