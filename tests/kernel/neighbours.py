@@ -595,7 +595,15 @@ def ufw(scene: Scene) -> None:
 
 def firewalld(scene: Scene) -> None:
     """Start firewalld with the zone that `vmnet hooks install` writes."""
+    put_zone(scene)
+    firewalld_alone(scene)
+
+
+def put_zone(scene: Scene) -> None:
     scene.etc("firewalld/zones/vmnet.xml", template("firewalld/vmnet.xml"))
+
+
+def firewalld_alone(scene: Scene) -> None:
     scene.bus()
     scene.daemon(
         "firewalld", "--nofork", "--nopid",
@@ -688,6 +696,7 @@ def template(name: str) -> str:
 
 NETWORK_MANAGER = Neighbour("NetworkManager without hooks", network_manager_alone, networking_off_and_on, debian=True)
 NETWORKD = Neighbour("systemd-networkd without hooks", networkd_alone, debian=True)
+FIREWALLD = Neighbour("firewalld without hooks", firewalld_alone, debian=True)
 NEIGHBOURS = [
     *dockers(),
     Neighbour("iptables-restore", docker_saved, restore_saved, "up", CONTAINER, frozenset({"LAN to container"})),

@@ -2,8 +2,18 @@
 
 import pytest
 
-from tests.kernel.machine import wait_until
-from tests.kernel.neighbours import NEIGHBOURS, NETWORK_MANAGER, NETWORKD, PATIENCE, Neighbour, Scene
+from tests.kernel.machine import ECHO_PORT, wait_until
+from tests.kernel.neighbours import (
+    FIREWALLD,
+    NEIGHBOURS,
+    NETWORK_MANAGER,
+    NETWORKD,
+    PATIENCE,
+    Neighbour,
+    Scene,
+    put_zone,
+    reached,
+)
 from tests.kernel.net import Lab
 from tests.kernel.warm import Warm
 from tests.system.roots import NEIGHBOURS as DEBIAN
@@ -94,3 +104,22 @@ def test_without_hooks_it_takes_what_is_ours_and_up_takes_it_back(scene: Scene, 
     assert wait_until(lambda: scene.vmnet("plan", check=False).code == FOUND, PATIENCE)
     scene.vmnet("up")
     scene.assert_guests_work()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("neighbour", [FIREWALLD], ids=lambda one: one.name)
+def test_firewalld_takes_guests_in_without_a_reload_and_puts_them_into_their_zone_at_the_next(
+    scene: Scene, neighbour: Neighbour
+) -> None:
+    """A reload would take along what others have set in the running firewalld alone."""
+    scene.create()
+    neighbour.start(scene)
+    assert not reached({"out": (scene.guests[0], scene.lab.internet.address, ECHO_PORT)})
+    put_zone(scene)
+    scene.debian_run("firewall-cmd", "--zone=trusted", "--add-interface=vmn-+")
+    scene.assert_guests_work()
+    for reload in ("--reload", "--complete-reload"):
+        scene.debian_run("firewall-cmd", reload)
+        assert scene.debian_run("firewall-cmd", "--get-zone-of-interface=vmn-+").strip() == "vmnet"
+        scene.assert_guests_work()
+    scene.assert_guests_are_closed(neighbour)

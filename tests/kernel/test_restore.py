@@ -247,6 +247,7 @@ OTHERS = {
     "nft": ("nft", MASQUERADE),
     "nft inet": ("nft", MASQUERADE.replace("ip others", "inet others")),
     "nft snat": ("nft", MASQUERADE.replace("masquerade", "snat to 192.168.77.2")),
+    "by a mark and more": ("nft", MASQUERADE.replace("oifname wlan0", "meta mark 0x2000 oifname wlan0")),
     "iptables-nft": ("iptables-nft", "*nat\n-A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE\nCOMMIT\n"),
     "iptables-legacy": ("iptables-legacy", "*nat\n-A POSTROUTING -s 172.17.0.0/16 -j MASQUERADE\nCOMMIT\n"),
 }
@@ -269,8 +270,12 @@ def load(laptop: Laptop, program: str, rules: str) -> None:
     laptop.run(*(["nft", "-f", "-"] if program == "nft" else [f"{program}-restore"]), stdin=rules)
 
 
+TAILSCALE = "-m mark --mark 0x40000/0xff0000"
 UNTOUCHED = {
     "nft": ("nft", "table inet others { chain f { type filter hook forward priority 0; policy drop; }; }"),
+    "by a mark alone": ("nft", MASQUERADE.replace("oifname wlan0", "meta mark & 0xff0000 == 0x40000")),
+    "Tailscale": ("iptables-nft", f"*nat\n-A POSTROUTING {TAILSCALE} -j MASQUERADE\nCOMMIT\n"),
+    "Tailscale, older iptables": ("iptables-legacy", f"*nat\n-A POSTROUTING {TAILSCALE} -j MASQUERADE\nCOMMIT\n"),
     "iptables-nft": ("iptables-nft", "*nat\n-A PREROUTING -p tcp --dport 80 -j DNAT --to 192.168.77.2:81\nCOMMIT\n"),
     "iptables-legacy": ("iptables-legacy", "*nat\n:PREROUTING ACCEPT [0:0]\nCOMMIT\n"),
 }

@@ -1,0 +1,115 @@
+"""Rules of ours in chains that other firewalls offer: they come, are missed, come again, and go."""
+
+import re
+
+import pytest
+
+from tests.kernel.net import Lab, Laptop
+from tests.kernel.warm import Warm
+
+FOUND = 10
+PROGRAMS = ("iptables-nft", "iptables-legacy")
+THEIRS = (
+    "*filter\n:DOCKER-USER - [0:0]\n:FORWARD DROP [0:0]\n-A FORWARD -j DOCKER-USER\n-A DOCKER-USER -j RETURN\nCOMMIT\n"
+)
+
+
+@pytest.fixture(params=PROGRAMS)
+def program(laptop: Laptop, request: pytest.FixtureRequest) -> str:
+    """Docker's chain, in each kind of iptables."""
+    name = str(request.param)
+    if laptop.execute(f"{name}-restore", stdin=THEIRS).code:
+        pytest.skip(f"needs {name}, and a kernel that has its tables")
+    return name
+
+
+def chain(laptop: Laptop, program: str) -> list[str]:
+    return laptop.run(program, "-S", "DOCKER-USER").splitlines()[1:]
+
+
+def test_all_that_somebody_does_to_them_is_drift(laptop: Laptop, warm: Warm, program: str) -> None:
+    theirs = chain(laptop, program)
+    warm.vmnet(laptop, "carve")
+    right = chain(laptop, program)
+    assert right[-1:] == theirs
+    assert len(right) > len(theirs)
+    for deed in (
+        ["-F", "DOCKER-USER"],
+        ["-D", "DOCKER-USER", "1"],
+        ["-D", "DOCKER-USER", "3"],
+        ["-A", "DOCKER-USER", "-i", "vmn-+", "-m", "comment", "--comment", "vmnet", "-j", "DROP"],
+        ["-R", "DOCKER-USER", "1", "-o", "vmn-+", "-m", "comment", "--comment", "vmnet", "-j", "DROP"],
+    ):
+        laptop.run(program, *deed)
+        plan = warm.vmnet(laptop, "plan", check=False)
+        assert plan.code == FOUND
+        assert f"DOCKER-USER of {program}" in plan.out
+        warm.vmnet(laptop, "up")
+        assert [rule for rule in chain(laptop, program) if "vmnet" in rule] == right[:-1]
+        assert warm.vmnet(laptop, "plan").out == ""
+
+
+def test_rules_of_others_stay_where_they_are(laptop: Laptop, warm: Warm, program: str) -> None:
+    """Also before ours, where whoever wants to restrict guests puts them, and with a comment that names us."""
+    comment = ["-m", "comment", "--comment", "not vmnet at all"]
+    warm.vmnet(laptop, "carve")
+    laptop.run(program, "-I", "DOCKER-USER", "-i", "vmn-+", "-d", "10.0.0.0/8", *comment, "-j", "DROP")
+    laptop.run(
+        program, "-I", "DOCKER-USER", "4", "-i", "wlan0", "-m", "comment", "--comment", "vmnet-like", "-j", "DROP"
+    )
+    before = chain(laptop, program)
+    assert warm.vmnet(laptop, "plan").out == ""
+    warm.vmnet(laptop, "up")
+    assert chain(laptop, program) == before
+    warm.vmnet(laptop, "restore")
+    left = chain(laptop, program)
+    assert [rule.rpartition(" ")[2] for rule in left] == ["DROP", "DROP", "RETURN"]
+
+
+def test_a_bridge_that_comes_is_closed_and_one_that_goes_is_forgotten(laptop: Laptop, warm: Warm, program: str) -> None:
+    warm.vmnet(laptop, "carve")
+    laptop.ip("link add mynet type bridge", "link add br-1a2b3c type bridge")
+    assert warm.vmnet(laptop, "plan", check=False).code == FOUND
+    warm.vmnet(laptop, "up")
+    [rule] = [rule for rule in chain(laptop, program) if " mynet " in rule]
+    assert rule.endswith("-j RETURN")
+    laptop.ip("link set mynet up", "addr add 10.77.0.2/24 dev mynet", "route replace default via 10.77.0.1 dev mynet")
+    warm.vmnet(laptop, "up")
+    assert not [rule for rule in chain(laptop, program) if " mynet " in rule]
+    laptop.ip("link del mynet")
+    assert warm.vmnet(laptop, "plan").out == ""
+
+
+def test_a_chain_that_comes_later_is_found_by_the_next_look(laptop: Laptop, warm: Warm) -> None:
+    warm.vmnet(laptop, "carve")
+    for name in PROGRAMS:
+        if laptop.execute(f"{name}-restore", stdin=THEIRS).code == 0:
+            assert f"DOCKER-USER of {name}" in warm.vmnet(laptop, "plan", check=False).out
+    warm.vmnet(laptop, "up")
+    assert warm.vmnet(laptop, "plan").out == ""
+
+
+def test_a_dry_run_prints_what_a_person_could_type(laptop: Laptop, warm: Warm, program: str) -> None:
+    shown = warm.vmnet(laptop, "carve", "--dry-run", "-v", check=False).out
+    assert chain(laptop, program) == ["-A DOCKER-USER -j RETURN"]
+    start = shown.index(f"{program}-restore")
+    command = shown[start : shown.index("END\n", start + len(program) + 40)] + "END\n"
+    laptop.run("sh", "-ec", command)
+    typed = chain(laptop, program)
+    warm.vmnet(laptop, "carve")
+    assert chain(laptop, program) == typed
+
+
+def test_without_such_chains_no_program_is_started(lab: Lab, warm: Warm) -> None:
+    """Each command looks: on most hosts that must cost next to nothing."""
+    laptop = lab.laptop
+    warm.vmnet(laptop, "carve")
+
+    def programs() -> set[str]:
+        trace = laptop.folder / "trace"
+        warm.vmnet(laptop, "plan", check=False, strace=["-f", "-e", "trace=execve", "-o", str(trace)])
+        return set(re.findall(r'execve\("[^"]*/([^"/]+)"', trace.read_text()))
+
+    assert programs() == {"nft"}
+    laptop.run("iptables-nft-restore", stdin=THEIRS)
+    assert programs() == {"nft", "iptables-nft-save"}
