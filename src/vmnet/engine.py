@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from vmnet.found import load_found
 from vmnet.guests import Guests, apply_all, chunks
@@ -48,6 +48,14 @@ class Seen:
 
     lease: Lease
     state: State
+
+
+class Stamp(NamedTuple):
+    """What tells one state of the records, the settings and the hosts file from another."""
+
+    records: bytes
+    settings: tuple[int, ...]
+    hosts: tuple[int, ...]
 
 
 class _Overtaken(Exception):
@@ -312,10 +320,9 @@ class Engine:
         with self._reading() as store:
             return store.leases() if self._host.is_wished_up(store) else None
 
-    def stamp(self) -> tuple[object, ...]:
+    def stamp(self) -> Stamp:
         """Return what differs when the records, the settings or the hosts file do; takes microseconds."""
-        files = [_stamp(path) for path in (self.paths.config, self.paths.hosts) if path]
-        return (Store.stamp(self.paths.state), *files)
+        return Stamp(Store.stamp(self.paths.state), _stamp(self.paths.config), _stamp(self.paths.hosts))
 
     def converge(self, store: Store, names: Sequence[str] | None = None) -> None:
         """Bring guests to where the records want them, and with all of them what is ours without a record."""
@@ -468,10 +475,12 @@ def _unless_overtaken(store: Store, new: Sequence[GuestSpec]) -> Iterator[None]:
         raise
 
 
-def _stamp(file: Path) -> tuple[int, ...]:
+def _stamp(file: Path | None) -> tuple[int, ...]:
     try:
-        found = file.stat()
+        found = file.stat() if file else None
     except OSError:
+        return ()
+    if found is None:
         return ()
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vmnet import __version__
-from vmnet.engine import Engine
+from vmnet.engine import Engine, Stamp
 from vmnet.model import Conflict, Lease, VmnetError
 from vmnet.ops import Op
 from vmnet.platform import EventSource, Glance, Heard, Report
@@ -116,10 +116,11 @@ class Watcher:
     truces: Truces = field(default_factory=Truces)
     _engine: Engine = field(init=False)
     _events: EventSource = field(init=False)
-    _open: ExitStack = field(init=False, default_factory=ExitStack)
+    _opened: ExitStack = field(init=False, default_factory=ExitStack)
+    _hearing: ExitStack = field(init=False, default_factory=ExitStack)
     _clean: _Clean = field(init=False, default_factory=_Clean)
     _leases: list[Lease] | None = field(init=False, default=None)
-    _stamp: tuple[object, ...] | None = field(init=False, default=None)
+    _stamp: Stamp | None = field(init=False, default=None)
     _part: int = field(init=False, default=0)
     _done: list[Op] = field(init=False, default_factory=list)
     _wrong: dict[str, str] = field(init=False, default_factory=dict)
@@ -167,7 +168,8 @@ class Watcher:
             self.service.log("stopped")
 
     def _close(self) -> None:
-        self._open.close()
+        self._hearing.close()
+        self._opened.close()
 
     def _wait_to_lead(self, lead: "_Lead") -> None:
         """Wait while another watcher is at work, to take over from it."""
@@ -189,6 +191,8 @@ class Watcher:
                 self._reopen()
             elif heard.anything and self._now.steady >= act:
                 self._look(cause, heard)
+                if heard.lost or heard.clock:
+                    due = self._read_clocks().steady + self.interval
                 heard, cause = Heard(), "event"
                 gap = min(2 * gap + _SETTLE, _LONGEST_GAP) if self._now.steady - looked < _QUIET else 0.0
                 looked = self._read_clocks().steady
@@ -221,16 +225,24 @@ class Watcher:
         return heard
 
     def _reopen(self) -> None:
-        """Open anew whatever reaches the kernel; with other settings from then on, if the file of them changed."""
-        self._signs.count("opened_total")
+        """Open anew whatever reaches the kernel, with the settings of now; with the former where these are wrong."""
         self._clean.forget()
         self._stamp = None
         with ExitStack() as fresh:
-            engine = fresh.enter_context(self.open_engine(self, self._holds_back))
-            events = self.open_events(engine, self.orders.wakeup)
-            fresh.callback(events.close)
-            self._open.close()
-            self._engine, self._events, self._open = engine, events, fresh.pop_all()
+            try:
+                engine = fresh.enter_context(self.open_engine(self, self._holds_back))
+            except VmnetError as error:
+                if not hasattr(self, "_engine"):
+                    raise
+                self._warnings.add(error.message)
+            else:
+                self._opened.close()
+                self._engine, self._opened = engine, fresh.pop_all()
+        self._signs.count("opened_total")
+        events = self.open_events(self._engine, self.orders.wakeup)
+        self._hearing.close()
+        self._hearing.callback(events.close)
+        self._events = events
 
     # A look
 
@@ -239,20 +251,19 @@ class Watcher:
         if self._is_outdated():
             return
         self._done.clear()
-        self._warnings.clear()
         seen: Collection[str] | None = ()
         problems: dict[str, VmnetError] = {}
         try:
-            changed = self._learn()
+            changed, others = self._learn()
             if self._leases is None:
                 seen = None
             elif heard and not (heard.lost or heard.clock):
-                names = heard.names | (changed if heard.marks else set())
+                names = heard.names | changed
                 seen = [*names, ""] if heard.host else names
                 problems = self._engine.keep(names, host=heard.host, orphans=heard.marks)
             else:
                 seen, problems = self._look_all(changed)
-                if cause == "look" and changed:
+                if cause == "look" and others:
                     cause = "records"
         except (VmnetError, OSError) as error:
             problems = {"": error if isinstance(error, VmnetError) else VmnetError(error.strerror or str(error))}
@@ -264,19 +275,20 @@ class Watcher:
             len(self._leases or ()), self.truces.held(self._now.steady), sorted({*self._wrong.values(), *self._warned})
         )
 
-    def _learn(self) -> set[str]:
-        """Read the records where they have changed; return whose have."""
-        stamp = self._engine.stamp()
-        if stamp == self._stamp:
-            return set()
-        if self._stamp is not None and stamp[1] != self._stamp[1]:
-            self._reopen()  # other settings
-        before = {one.name: one for one in self._leases or ()}
+    def _learn(self) -> tuple[set[str], bool]:
+        """Read the records where they have changed; return whose have, and whether records or settings are others."""
+        before, stamp = self._stamp, self._engine.stamp()
+        if stamp == before:
+            return set(), False
+        if before is not None and stamp.settings != before.settings:
+            self._reopen()
+        known = {one.name: one for one in self._leases or ()}
         self._leases = self._engine.recorded()
         now = {one.name: one for one in self._leases or ()}
         self._events.expect(self._leases or ())
         self._stamp = stamp
-        return {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)}
+        changed = {name for name in known.keys() | now.keys() if known.get(name) != now.get(name)}
+        return changed, before is not None and stamp._replace(hosts=()) != before._replace(hosts=())
 
     def _look_all(self, changed: Collection[str]) -> tuple[Collection[str] | None, dict[str, VmnetError]]:
         """Look everywhere; return whom it was about (None: all), and what stays wrong."""
@@ -359,6 +371,7 @@ class Watcher:
         self._warned = set(self._warnings) if seen is None or seen else self._warned | self._warnings
         for text in sorted({*self._wrong.values(), *self._warned} - before):
             self.service.log("wrong", level="error", problem=text)
+        self._warnings.clear()
 
 
 class _Lead:

@@ -1,7 +1,7 @@
 """Run a watcher that has lost a sense, for tests: python -m tests.kernel.senseless SENSE --interval SECONDS
 
-deaf: no event ever comes. dead: its sockets are closed under it, again and again. asleep: deaf, and its wall clock is
-as many seconds ahead as the file `ahead` in the current folder says, as after a suspend.
+deaf: no event ever comes. dead: a socket of it is none any more, after each time that it was opened. asleep: deaf,
+and its wall clock is as many seconds ahead as the file `ahead` in the current folder says, as after a suspend.
 """
 
 import os
@@ -37,7 +37,7 @@ class Deaf:
 
 
 class Dying:
-    """Hears as it should, until its first socket is closed under it."""
+    """Hears as it should, until its first socket is none any more."""
 
     def __init__(self, real: EventSource) -> None:
         self._real = real
@@ -48,10 +48,11 @@ class Dying:
         self._real.expect(leases)
 
     def hear(self, timeout: float) -> Heard:
-        """Hear, but close a socket after a few times."""
+        """Hear, but lose a socket after a few times."""
         self._calls += 1
         if self._calls == 4:
-            os.close(next(iter(self._real._readers)))  # type: ignore[attr-defined]
+            with open(os.devnull) as nothing:
+                os.dup2(nothing.fileno(), next(iter(self._real._readers)), inheritable=False)  # type: ignore[attr-defined]
         return self._real.hear(timeout)
 
     def close(self) -> None:

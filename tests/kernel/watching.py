@@ -1,5 +1,6 @@
 """A watcher at work in a laptop, as a person starts it, or one whose senses are not what they should be."""
 
+import json
 import os
 import signal
 import sys
@@ -34,6 +35,7 @@ class Watching:
         module = ("vmnet", "watch") if sense is None else ("tests.kernel.senseless", sense)
         arguments = [*module, "--interval", str(interval), *options]
         variables = {"PYTHONPATH": f"{sources}:{_CHECKOUT}", **(env or {})}
+        self._killed = False
         self._log = laptop.folder / f"watch-{os.urandom(4).hex()}.log"
         words = [*(f"{key}={value}" for key, value in variables.items()), sys.executable, "-m", *arguments]
         self._process = laptop.start("sh", "-c", f'echo $$; exec env "$@" 2>{self._log}', "sh", *words)
@@ -53,12 +55,14 @@ class Watching:
             self.signal(signal.SIGCONT)
             self.signal(signal.SIGTERM)
         code = self._process.wait()
-        if kind is None:
+        if kind is None and not self._killed:
             assert code == 0, self.log()
 
     def is_ready(self) -> bool:
         """Tell whether it has looked for the first time, or stands by."""
-        return self._process.poll() is not None or self.looks() > 0 or "standing by" in self.log()
+        status = self.laptop.folder / "run/watch.json"
+        looked = status.exists() and json.loads(status.read_text())["pid"] == self.pid
+        return self._process.poll() is not None or looked or "standing by" in self.log()
 
     def log(self) -> str:
         """Return all that it has logged."""
@@ -91,6 +95,14 @@ class Watching:
     def signal(self, number: int) -> None:
         """Send it a signal."""
         os.kill(self._outside, number)
+        if number == signal.SIGCONT:
+            self._process.send_signal(number)  # nsenter stops itself when its child is stopped
+
+    def kill(self) -> None:
+        """Have it end without a chance to tidy up."""
+        self._killed = True
+        self.signal(signal.SIGKILL)
+        self._process.wait()
 
     def memory(self) -> int:
         """Return how much of it is in memory now, in bytes."""
