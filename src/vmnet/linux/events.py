@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from vmnet.linux import wire
-from vmnet.linux.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, RTM_GETLINK, Netlink, parse_attrs
+from vmnet.linux.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, RTM_GETLINK, RTM_NEWLINK, Netlink, parse_attrs
 from vmnet.linux.places import NAMED
 from vmnet.model import KernelRefused, Lease
 from vmnet.ops import ROUTE_PROTOCOL
@@ -40,6 +40,7 @@ _LINKS, _ADDRESSES, _ROUTES, _NEIGHBOURS, _QDISCS, _FILTERS = (16, 17), (20, 21)
 _CHAINS, _CONF, _NAMESPACES = (100, 101), (80, 81), (88, 89)
 _BY_INDEX = {*_ADDRESSES, *_NEIGHBOURS, *_QDISCS, *_FILTERS, *_CHAINS}
 _RTA_OIF, _NETCONFA_IFINDEX = 4, 1
+_OURS = ALIAS_PREFIX.encode()
 _OUR_TABLE, _NFT_NEWGEN, _NFTA_GEN_PROC_NAME, _NFTA_GEN_PROC_PID = b"vmnet\0", 10 << 8 | 15, 3, 2
 
 # include/uapi/linux/inotify.h: written, moved, made, deleted
@@ -62,6 +63,7 @@ class Events:
         self._netlink = netlink
         self._own: set[int] = set()
         # Whose devices and namespaces are: guests' names by the index of their device, and by the kernel's number.
+        self._names: dict[str, str] = {}
         self._devices: dict[int, str] = {}
         self._insides: dict[int, str] = {}
         self._heard = Heard()
@@ -127,17 +129,22 @@ class Events:
 
     def expect(self, leases: Sequence[Lease]) -> None:
         """Learn which devices and namespaces belong to the guests of `leases`."""
-        names = {lease.device: lease.name for lease in leases}
+        self._names = {lease.device: lease.name for lease in leases}
         self._devices.clear()
         self._insides.clear()
         for body in self._netlink.dump(RTM_GETLINK, wire.link_query()):
-            device = wire.parse_name(body)
-            if device in names:
-                self._devices[_INDEX.unpack_from(body)[0]] = names[device]
-                netns = wire.parse_far_netns(body)
-                if netns is not None:
-                    self._insides[netns] = names[device]
+            self._learn(body)
         self._own = {self._netlink.port}
+
+    def _learn(self, link: bytes) -> None:
+        """Learn whose device this is, if it is a guest's."""
+        name = self._names.get(wire.parse_name(link))
+        if name is None:
+            return
+        self._devices[_INDEX.unpack_from(link)[0]] = name
+        netns = wire.parse_far_netns(link)
+        if netns is not None:
+            self._insides[netns] = name
 
     def hear(self, timeout: float) -> Heard:
         """Return what was heard within `timeout` seconds, at once when there is anything, also on the wakeup.
@@ -176,8 +183,11 @@ class Events:
             size, kind, _, _, port = _HEADER.unpack_from(data, start)
             if size < 16:
                 return
+            body = data[start + 16 : start + size]
+            # One that was made anew while whose devices there are was read, by this very process most often.
+            if kind == RTM_NEWLINK and netns is None and _OURS in body:
+                self._learn(body)
             if port not in self._own or netns is not None:
-                body = data[start + 16 : start + size]
                 before = self._heard
                 if netns is None or netns < 0:
                     self._read_own(kind, body)
@@ -208,7 +218,7 @@ class Events:
         index = _INDEX.unpack_from(body)[0]
         if index in self._devices or index == _LO:
             self._index(index)
-        elif ALIAS_PREFIX.encode() in body:
+        elif _OURS in body:
             self._heard = self._heard._replace(marks=True)
         elif wire.BRIDGE in body:
             self._heard = self._heard._replace(host=True)
