@@ -32,7 +32,7 @@ class HostPart:
     here: NetnsId
     locks: Locks
     holds_back: Callable[[Op], bool]
-    _listing: str | None = field(init=False, default=None)
+    _listings: dict[str, str | None] = field(init=False, default_factory=dict)
 
     def is_right(self, store: Store) -> bool:
         """Say whether the host part is as it is to be, as far as the caller may see."""
@@ -185,8 +185,9 @@ class HostPart:
         found = found or load_found(self.paths.run, self.here)
         guard = bool(self.settings.guard_forwarding and found and not found.ip_forward)
         text = rules.render(self.settings.plane, guard=guard)
-        if self._listing is None:
-            self._listing = self.platform.expected_listing(text, self.paths.run)
+        if self._listings.get(text) is None:
+            # Of the last ruleset only: a watcher would keep one for each setting that it has ever seen.
+            self._listings = {text: self.platform.expected_listing(text, self.paths.run)}
         spans = {"local": [], "foreign": []}  # type: dict[str, list[IPNetwork]]
         for one in reservations:
             kind = one.reason.partition(":")[0]
@@ -201,7 +202,7 @@ class HostPart:
             kept=tuple(without(kept, [*spans["foreign"], *displaced])),
             holes=tuple(spans["foreign"]),
             text=text,
-            listing=self._listing,
+            listing=self._listings[text],
         )
 
 
