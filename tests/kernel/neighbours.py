@@ -245,9 +245,10 @@ Deed: TypeAlias = Callable[[Scene], object]
 class Neighbour:
     """Other software: how it begins, and what it does again later (`again`).
 
-    `needs` is what guests need after it begins or begins anew: "nothing", or "up", which the watcher does too. `opens`
-    and `closes` are names of questions that have an answer, or none, with it alone. `program` is the iptables
-    that it uses, and `debian` says that it comes from a Debian system.
+    `needs` is what guests need when it begins, and begins anew: "nothing", "watch" (or `vmnet up`), "hooks", whose
+    files are there then, or "you", who has done it. `opens` and `closes` are names of questions that have an answer,
+    or none, with it alone. `program` is the iptables that it uses, `debian` says that it comes from a Debian system,
+    and `row` is what the manual calls it.
     """
 
     name: str
@@ -258,6 +259,7 @@ class Neighbour:
     closes: frozenset[str] = frozenset()
     program: str = "iptables-nft"
     debian: bool = False
+    row: str = ""
 
 
 # Docker
@@ -348,8 +350,8 @@ def dockers() -> Iterable[Neighbour]:
         ("Docker 20.10, a bridge of another name", DOCKER_20, "iptables-legacy", "mynet0"),
     ):
         yield Neighbour(
-            name, docker(rules, program, bridge), docker_again(rules, program, bridge), "up", CONTAINER,
-            frozenset({"LAN to container", "LAN to office"}), program,
+            name, docker(rules, program, bridge), docker_again(rules, program, bridge), "watch", CONTAINER,
+            frozenset({"LAN to container", "LAN to office"}), program, row="Docker",
         )  # fmt: skip
 
 
@@ -699,27 +701,34 @@ NETWORKD = Neighbour("systemd-networkd without hooks", networkd_alone, debian=Tr
 FIREWALLD = Neighbour("firewalld without hooks", firewalld_alone, debian=True)
 NEIGHBOURS = [
     *dockers(),
-    Neighbour("iptables-restore", docker_saved, restore_saved, "up", CONTAINER, frozenset({"LAN to container"})),
+    Neighbour("iptables-restore", docker_saved, restore_saved, "watch", CONTAINER, frozenset({"LAN to container"})),
     Neighbour("libvirt", libvirt, opens=VM, closes=frozenset({"LAN to container"})),
-    Neighbour("libvirt with nftables", newer_libvirt, opens=VM, closes=frozenset({"LAN to container"})),
-    Neighbour("CIS", lambda scene: scene.rules("iptables-nft", CIS_IPTABLES), closes=frozenset({"LAN to closed port"})),
-    Neighbour("CIS with nftables", lambda scene: scene.nft(CIS_NFT), closes=frozenset({"LAN to closed port"})),
+    Neighbour("libvirt with nftables", newer_libvirt, opens=VM, closes=frozenset({"LAN to container"}), row="libvirt"),
     Neighbour(
-        "FORWARD DROP by hand", lambda scene: scene.rules("iptables-nft", FORWARD_DROP),
+        "CIS rules", lambda scene: scene.rules("iptables-nft", CIS_IPTABLES), closes=frozenset({"LAN to closed port"})
+    ),
+    Neighbour(
+        "CIS rules with nftables", lambda scene: scene.nft(CIS_NFT), closes=frozenset({"LAN to closed port"}),
+        row="CIS rules",
+    ),
+    Neighbour(
+        "FORWARD DROP by hand", lambda scene: scene.rules("iptables-nft", FORWARD_DROP), needs="you",
         closes=frozenset({"LAN to office"}),
     ),
-    Neighbour("route_localnet", route_localnet),
-    Neighbour("wg-quick", wg_quick),
+    Neighbour("all.route_localnet=1", route_localnet),
+    Neighbour("WireGuard", wg_quick),
     Neighbour("Tailscale", tailscale),
     Neighbour("Podman", podman, opens=CONTAINER, debian=True),
     Neighbour(
-        "ufw", ufw, lambda scene: scene.debian_run("ufw", "reload"), "up",
+        "ufw", ufw, lambda scene: scene.debian_run("ufw", "reload"), "watch",
         closes=frozenset({"LAN to closed port", "LAN to office"}), debian=True,
     ),
-    Neighbour("firewalld", firewalld, panic, closes=frozenset({"LAN to closed port"}), debian=True),
+    Neighbour("firewalld", firewalld, panic, "hooks", closes=frozenset({"LAN to closed port"}), debian=True),
     Neighbour("sysctl --system", sysctl, sysctl, debian=True),
-    Neighbour("ip_forward = 0 in sysctl.d", hardened_sysctl, sysctl, "up", debian=True),
-    Neighbour("NetworkManager", network_manager, networking_off_and_on, debian=True),
-    Neighbour("systemd-networkd", networkd, lambda scene: scene.debian_run("networkctl", "reload"), debian=True),
+    Neighbour("ip_forward=0 in sysctl.d", hardened_sysctl, sysctl, "watch", debian=True),
+    Neighbour("NetworkManager", network_manager, networking_off_and_on, "hooks", debian=True),
+    Neighbour(
+        "systemd-networkd", networkd, lambda scene: scene.debian_run("networkctl", "reload"), "hooks", debian=True
+    ),
     Neighbour("systemd-resolved", resolved, debian=True),
 ]  # fmt: skip

@@ -1,10 +1,14 @@
 """Beside other software guests go on, nothing of others is broken, and nothing that others keep closed is opened."""
 
+from pathlib import Path
+
 import pytest
+from _pytest.mark import ParameterSet
 
 from tests.kernel.machine import ECHO_PORT, wait_until
 from tests.kernel.neighbours import (
     FIREWALLD,
+    FORWARD_DROP,
     NEIGHBOURS,
     NETWORK_MANAGER,
     NETWORKD,
@@ -16,6 +20,7 @@ from tests.kernel.neighbours import (
 )
 from tests.kernel.net import Lab
 from tests.kernel.warm import Warm
+from tests.kernel.watching import NEVER, Watching
 from tests.system.roots import NEIGHBOURS as DEBIAN
 from tests.system.roots import Rooted, debian_root
 
@@ -32,15 +37,18 @@ def scene(warm: Warm, lab: Lab, neighbour: Neighbour) -> Scene:
     return made
 
 
-each = pytest.mark.parametrize(
-    "neighbour",
-    [pytest.param(one, id=one.name, marks=pytest.mark.root if one.debian else ()) for one in NEIGHBOURS],
-)
+def cases(needs: str = "") -> list[ParameterSet]:
+    """Return the table, or those with that need; those that come from a Debian system are marked."""
+    chosen = [one for one in NEIGHBOURS if one.needs == needs or not needs]
+    return [pytest.param(one, id=one.name, marks=pytest.mark.root if one.debian else ()) for one in chosen]
+
+
+each = pytest.mark.parametrize("neighbour", cases())
 
 
 def assert_all_is_well(scene: Scene, neighbour: Neighbour, alone: set[str]) -> None:
     """Assert that guests work, and that others reach what they reach without vmnet: as much, or less that is closed."""
-    if neighbour.needs == "up":
+    if neighbour.needs == "watch":
         scene.vmnet("up")
     assert scene.vmnet("plan").out == ""
     scene.assert_guests_work()
@@ -76,7 +84,7 @@ def test_it_comes_to_where_vmnet_is(scene: Scene, neighbour: Neighbour) -> None:
     scene.create()
     scene.assert_guests_work()
     neighbour.start(scene)
-    if neighbour.needs == "up":
+    if neighbour.needs == "watch":
         scene.vmnet("up")
     beside = scene.asked(neighbour.opens)
     assert_all_is_well(scene, neighbour, beside)
@@ -91,6 +99,30 @@ def test_it_comes_to_where_vmnet_is(scene: Scene, neighbour: Neighbour) -> None:
     assert beside <= alone
     assert beside >= neighbour.opens
     assert "--comment vmnet" not in str(scene.theirs())
+
+
+@pytest.mark.parametrize("neighbour", cases("watch"))
+def test_the_watcher_does_what_up_does(scene: Scene, neighbour: Neighbour) -> None:
+    """By events alone, where the kernel tells of the change: of the older iptables it tells nothing."""
+    scene.create()
+    told = neighbour.program != "iptables-legacy"
+    with Watching(scene.laptop, interval=NEVER if told else 1):
+        for deed in (neighbour.start, neighbour.again):
+            if deed:
+                deed(scene)
+                assert wait_until(lambda: scene.vmnet("plan", check=False).code == 0, PATIENCE)
+                scene.assert_guests_work()
+
+
+def test_the_manual_has_each_of_them_and_what_guests_need() -> None:
+    text = (Path(__file__).parents[2] / "docs/reference/neighbours.md").read_text()
+    lines = text.splitlines()
+    rows = [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    told = {(row[0], row[1]) for row in rows if row[1] in ("nothing", "watch", "hooks", "you")}
+    known = {(one.row or one.name, one.needs) for one in NEIGHBOURS}
+    assert told == known | {("A narrow VPN", "nothing")}
+    for rule in FORWARD_DROP.splitlines()[2:-1]:
+        assert f"iptables {rule}\n" in text
 
 
 @pytest.mark.root
