@@ -72,7 +72,8 @@ class HostPart:
         view = self.platform.observe_host()
         if found and not found.ip_forward and view.ip_forward:
             self.report.warn(
-                "net.ipv4.ip_forward stays 1, though it was 0 before: somebody else's rules translate addresses"
+                "net.ipv4.ip_forward stays 1, though it was 0 before: somebody else's rules translate addresses. "
+                "Unless rules keep them out, neighbours on the LAN can use this host as a router"
             )
         forget_found(self.paths.run)
 

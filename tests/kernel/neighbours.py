@@ -201,6 +201,7 @@ class Scene:
         assert set(asked) - reached(asked, asked) == set()
         for guest in self.guests:
             assert guest.udp(self.lab.internet.address) == b"hello"
+            assert guest.udp(guest.guest_gateway, 53) == b"hello"
             assert guest.ping(self.lab.internet.address)
             assert self.laptop.ping(guest.address)
 
@@ -340,6 +341,69 @@ DOCKER_20 = f"""{_DOCKER_NAT}*filter
 -A DOCKER-USER -j RETURN
 COMMIT
 """
+
+
+# As its documentation prints them.
+DOCKER_29 = """\
+table ip docker-bridges {
+    map filter-forward-in-jumps {
+        type ifname : verdict
+        elements = { "docker0" : jump filter-forward-in__docker0 }
+    }
+    map filter-forward-out-jumps {
+        type ifname : verdict
+        elements = { "docker0" : jump filter-forward-out__docker0 }
+    }
+    map nat-postrouting-out-jumps {
+        type ifname : verdict
+        elements = { "docker0" : jump nat-postrouting-out__docker0 }
+    }
+    chain filter-FORWARD {
+        type filter hook forward priority filter; policy accept;
+        oifname vmap @filter-forward-in-jumps
+        iifname vmap @filter-forward-out-jumps
+    }
+    chain nat-OUTPUT {
+        type nat hook output priority -100; policy accept;
+        ip daddr != 127.0.0.0/8 fib daddr type local counter jump nat-prerouting-and-output
+    }
+    chain nat-POSTROUTING {
+        type nat hook postrouting priority srcnat; policy accept;
+        iifname vmap @nat-postrouting-out-jumps
+    }
+    chain nat-PREROUTING {
+        type nat hook prerouting priority dstnat; policy accept;
+        fib daddr type local counter jump nat-prerouting-and-output
+    }
+    chain nat-prerouting-and-output {
+        iifname != "docker0" tcp dport 8080 counter dnat to 172.17.0.2:80
+    }
+    chain raw-PREROUTING {
+        type filter hook prerouting priority raw; policy accept;
+        ip daddr 172.17.0.2 iifname != "docker0" counter drop
+    }
+    chain filter-forward-in__docker0 {
+        ct state established,related counter accept
+        iifname "docker0" counter accept
+        ip daddr 172.17.0.2 tcp dport 80 counter accept
+        counter drop
+    }
+    chain filter-forward-out__docker0 {
+        ct state established,related counter accept
+        counter accept
+    }
+    chain nat-postrouting-out__docker0 {
+        oifname != "docker0" ip saddr 172.17.0.0/16 counter masquerade
+    }
+}
+"""
+
+
+def docker_29(scene: Scene) -> None:
+    """Start Docker with nftables, which leaves it to the administrator to turn forwarding on."""
+    scene.laptop.sysctl("ipv4/ip_forward", 1)
+    scene.put_box("docker0", "172.17.0.0/16")
+    scene.nft(DOCKER_29)
 
 
 def dockers() -> Iterable[Neighbour]:
@@ -699,8 +763,10 @@ def template(name: str) -> str:
 NETWORK_MANAGER = Neighbour("NetworkManager without hooks", network_manager_alone, networking_off_and_on, debian=True)
 NETWORKD = Neighbour("systemd-networkd without hooks", networkd_alone, debian=True)
 FIREWALLD = Neighbour("firewalld without hooks", firewalld_alone, debian=True)
+RESOLVED = Neighbour("systemd-resolved", resolved, debian=True)
 NEIGHBOURS = [
     *dockers(),
+    Neighbour("Docker with nftables", docker_29, opens=CONTAINER, closes=frozenset({"LAN to container"})),
     Neighbour("iptables-restore", docker_saved, restore_saved, "watch", CONTAINER, frozenset({"LAN to container"})),
     Neighbour("libvirt", libvirt, opens=VM, closes=frozenset({"LAN to container"})),
     Neighbour("libvirt with nftables", newer_libvirt, opens=VM, closes=frozenset({"LAN to container"}), row="libvirt"),
@@ -730,5 +796,5 @@ NEIGHBOURS = [
     Neighbour(
         "systemd-networkd", networkd, lambda scene: scene.debian_run("networkctl", "reload"), "hooks", debian=True
     ),
-    Neighbour("systemd-resolved", resolved, debian=True),
+    RESOLVED,
 ]  # fmt: skip

@@ -1,5 +1,6 @@
 """Beside other software guests go on, nothing of others is broken, and nothing that others keep closed is opened."""
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tests.kernel.neighbours import (
     NETWORK_MANAGER,
     NETWORKD,
     PATIENCE,
+    RESOLVED,
     Neighbour,
     Scene,
     put_zone,
@@ -112,6 +114,24 @@ def test_the_watcher_does_what_up_does(scene: Scene, neighbour: Neighbour) -> No
                 deed(scene)
                 assert wait_until(lambda: scene.vmnet("plan", check=False).code == 0, PATIENCE)
                 scene.assert_guests_work()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("neighbour", [RESOLVED], ids=lambda one: one.name)
+def test_resolved_has_the_names_of_guests(scene: Scene, neighbour: Neighbour) -> None:
+    """It reads the hosts file, and answers at 127.0.0.53, which stays on lo."""
+    scene.create()
+    neighbour.start(scene)
+    for guest in scene.guests:
+        scene.etc("hosts", scene.laptop.hosts_file.read_text())
+        name = guest.info["hostname"]
+        assert guest.address in scene.debian_run("resolvectl", "query", "--legend=no", name)
+        question = (
+            b"\x12\x34\1\0\0\1" + bytes(6) + b"".join(bytes([len(part)]) + part.encode() for part in name.split("."))
+        )
+        answer = scene.laptop.udp("127.0.0.53", 53, question + b"\0\0\1\0\1")
+        assert answer[:2] == question[:2]
+        assert socket.inet_aton(guest.address) in answer
 
 
 def test_the_manual_has_each_of_them_and_what_guests_need() -> None:
