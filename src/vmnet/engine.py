@@ -31,7 +31,7 @@ from vmnet.model import (
     check_name,
 )
 from vmnet.names import Names
-from vmnet.ops import Op
+from vmnet.ops import ForgetFlows, Op
 from vmnet.plan import GuestView, plan_guest
 from vmnet.platform import Platform, Report
 from vmnet.settings import Paths, Settings
@@ -314,6 +314,13 @@ class Engine:
     def keep_or_raise(self) -> None:
         """Make the kernel match the records as they are; raises the first of what stays wrong."""
         self._raise_first(self.keep())
+
+    def forget_flows(self, lost: Collection[str]) -> None:
+        """Have the kernel forget guests' connections over addresses that the host had until now."""
+        ours = ("127.", f"{self.settings.plane.shadow}.")
+        others = sorted(address for address in lost if not address.startswith(ours))
+        if others and self.recorded():
+            apply_all(self.platform, self.report, [ForgetFlows(self.settings.plane.shadow, tuple(others))])
 
     def recorded(self) -> list[Lease] | None:
         """Return all leases, or None where nothing of vmnet is to be in the kernel."""

@@ -417,6 +417,24 @@ class DelRules(NamedTuple):
         return "nft delete table ip vmnet"
 
 
+class ForgetFlows(NamedTuple):
+    """Have the kernel forget guests' connections that lead nowhere; `lost` are addresses that the host had until now.
+
+    `shadow` is the first octet of the shadow.
+    """
+
+    shadow: int
+    lost: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        why = f"over {', '.join(self.lost)}" if self.lost else "without our rules"
+        return f"- connections of guests {why}"
+
+    def command(self) -> str:
+        ends = self.lost or (f"{self.shadow}.0.0.0/8",)
+        return "; ".join(f"conntrack -D --orig-src {self.shadow}.0.0.0/8 --reply-dst {end}" for end in ends)
+
+
 class PutRules(NamedTuple):
     """Give a chain of another firewall the rules `new`, before all others, in place of `old`: both are ours.
 
@@ -460,5 +478,5 @@ class WriteNames(NamedTuple):
 Op: TypeAlias = (
     AddRoute | DelRoute | AddAddress | DelAddress | PutBackAddress | SetNeighbour | AddNetns | DelNetns | AddVeth
     | AddTun | PersistTun | DelLink | SetLink | SetConf | SetSysctl | AddClsact | DelFilter | SetFilter | LoadRules
-    | DelRules | PutRules | WriteNames
+    | DelRules | ForgetFlows | PutRules | WriteNames
 )  # fmt: skip

@@ -32,6 +32,7 @@ from vmnet.ops import (
     DelNetns,
     DelRoute,
     DelRules,
+    ForgetFlows,
     LoAddress,
     LoadRules,
     Op,
@@ -605,6 +606,8 @@ def plan_host(wish: HostWish, observed: HostView) -> list[Op]:
     ops += [DelRoute(HOST, route, _index(route)) for route in sorted(observed.routes - set(routes), key=str)]
     if wish.listing is not None and observed.listing != wish.listing:
         ops.append(LoadRules(wish.text))
+        if observed.routes:
+            ops.append(ForgetFlows(wish.plane.shadow))
     ops += plan_chains(observed.chains, observed.bridges)
     if observed.ip_forward != 1:
         ops.append(SetSysctl("net/ipv4/ip_forward", 1))

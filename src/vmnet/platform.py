@@ -23,13 +23,14 @@ class Heard(NamedTuple):
     """Where events say that something has changed: nowhere, unless it says so.
 
     `host` is the host part, `names` are guests, `marks` something that bears our marks without being known, or a
-    namespace that came or went, `names_file` the hosts file. `lost`: events were lost, so anything may have changed.
+    namespace that came or went, `addresses` one that the host lost, `names_file` the hosts file. `lost`: events were lost, so anything may have changed.
     `clock`: the wall clock was set, or the machine was asleep. `programs` is who did it, as far as the kernel tells.
     """
 
     host: bool = False
     names: frozenset[str] = frozenset()
     marks: bool = False
+    addresses: bool = False
     names_file: bool = False
     lost: bool = False
     clock: bool = False
@@ -46,6 +47,7 @@ class Heard(NamedTuple):
             self.host or other.host,
             self.names | other.names,
             self.marks or other.marks,
+            self.addresses or other.addresses,
             self.names_file or other.names_file,
             self.lost or other.lost,
             self.clock or other.clock,
@@ -87,6 +89,7 @@ class Platform(Protocol):
     def observe_host(self) -> HostView: ...
     def glance(self, leases: Sequence[Lease], insides: Sequence[Lease]) -> Glance: ...
     def expected_listing(self, text: str, cache: Path) -> str | None: ...
+    def addresses(self) -> frozenset[str]: ...
     def look_around(self) -> Found: ...
     def find_uses(self, shadow: IPNetwork, hosts: Path | None) -> list[Use]: ...
     def forwards_for_others(self) -> bool: ...

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from vmnet import __version__
 from vmnet.engine import Engine, Stamp
 from vmnet.model import Conflict, Lease, VmnetError
-from vmnet.ops import Op
+from vmnet.ops import ForgetFlows, Op
 from vmnet.platform import EventSource, Glance, Heard, Report
 from vmnet.signs import Service, Signs
 from vmnet.truces import LIMIT, Truces
@@ -121,6 +121,7 @@ class Watcher:
     _clean: _Clean = field(init=False, default_factory=_Clean)
     _leases: list[Lease] | None = field(init=False, default=None)
     _stamp: Stamp | None = field(init=False, default=None)
+    _addresses: frozenset[str] = field(init=False, default=frozenset())
     _part: int = field(init=False, default=0)
     _done: list[Op] = field(init=False, default_factory=list)
     _wrong: dict[str, str] = field(init=False, default_factory=dict)
@@ -255,6 +256,8 @@ class Watcher:
         problems: dict[str, VmnetError] = {}
         try:
             changed, others = self._learn()
+            if heard is None or heard.addresses or heard.lost or heard.clock:
+                self._forget_flows()
             if self._leases is None:
                 seen = None
             elif heard and not (heard.lost or heard.clock):
@@ -289,6 +292,13 @@ class Watcher:
         self._stamp = stamp
         changed = {name for name in known.keys() | now.keys() if known.get(name) != now.get(name)}
         return changed, before is not None and stamp._replace(hosts=()) != before._replace(hosts=())
+
+    def _forget_flows(self) -> None:
+        """Have connections forgotten that go on over an address which the host has lost since the last time."""
+        before, self._addresses = self._addresses, self._engine.platform.addresses()
+        lost = before - self._addresses
+        if lost:
+            self._engine.forget_flows(lost)
 
     def _look_all(self, changed: Collection[str]) -> tuple[Collection[str] | None, dict[str, VmnetError]]:
         """Look everywhere; return whom it was about (None: all), and what stays wrong."""
@@ -352,7 +362,7 @@ class Watcher:
 
     def _call_truces(self, by: dict[str, str]) -> None:
         self.truces.forget(self._now.steady)
-        for op in dict.fromkeys(map(str, self._done)):
+        for op in dict.fromkeys(str(op) for op in self._done if not isinstance(op, ForgetFlows)):
             truce = self.truces.note(op, self._now.steady)
             if truce:
                 self._signs.count("fights_total")

@@ -253,7 +253,6 @@ def other_rules() -> str:
     return f"flush ruleset\ntable ip other {{\n{hooks}\n}}\n"
 
 
-@pytest.mark.xfail(reason="the kernel forgets translations to the far end's address, not to the one that went")
 def test_a_tunnel_that_gets_another_address_black_holes_nothing(lab: Lab, guests: list[Guest]) -> None:
     """With a far end of its own (ppp, OpenVPN's net30) the kernel leaves old translations where they are."""
     tunnel = lab.plug("tun0", "10.8.0.0/24", default=False)
@@ -268,7 +267,6 @@ def test_a_tunnel_that_gets_another_address_black_holes_nothing(lab: Lab, guests
         assert not black_holes(flows)
 
 
-@pytest.mark.xfail(reason="what the kernel tracks without a translation stays without one")
 def test_what_begins_without_our_rules_goes_on_with_them(lab: Lab, guests: list[Guest]) -> None:
     """As after `systemctl restart nftables`: their rules track connections, and ours are away for a moment."""
     lab.laptop.run("nft", "-f", "-", stdin=other_rules())

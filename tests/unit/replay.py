@@ -149,7 +149,7 @@ def on_host(view: HostView, op: Op, listing: str) -> HostView:
             return replace(view, chains=tuple(_with_rules(one, op) for one in view.chains))
         case ops.SetSysctl(key="net/ipv4/ip_forward"):
             return replace(view, ip_forward=op.value)
-        case ops.SetSysctl():
+        case ops.SetSysctl() | ops.ForgetFlows():
             return view
         case ops.SetLink():
             return replace(view, lo_up=True)

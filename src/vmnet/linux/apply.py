@@ -8,6 +8,7 @@ import errno
 import fcntl
 import os
 import random
+import socket
 import struct
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from vmnet.filters import encode
-from vmnet.linux import iptables, nft, wire
+from vmnet.flows import leads_nowhere
+from vmnet.linux import conntrack, iptables, nft, wire
 from vmnet.linux.netlink import (
     NLM_F_APPEND,
     NLM_F_CREATE,
@@ -54,6 +56,7 @@ from vmnet.ops import (
     DelNetns,
     DelRoute,
     DelRules,
+    ForgetFlows,
     LoadRules,
     Op,
     PersistTun,
@@ -94,7 +97,7 @@ _FEATURES: dict[type, tuple[str, str, str]] = {
 }
 _NONE: frozenset[int] = frozenset()
 _Direct: TypeAlias = (
-    AddNetns | DelNetns | AddTun | PersistTun | SetSysctl | LoadRules | DelRules | PutRules | WriteNames
+    AddNetns | DelNetns | AddTun | PersistTun | SetSysctl | LoadRules | DelRules | ForgetFlows | PutRules | WriteNames
 )  # fmt: skip
 
 
@@ -215,6 +218,9 @@ class _Run:
                 nft.load(op.text)
             case DelRules():
                 nft.delete()
+            case ForgetFlows():
+                lost = {int.from_bytes(socket.inet_aton(address), "big") for address in op.lost}
+                conntrack.forget(lambda flow: leads_nowhere(flow, op.shadow, lost))
             case PutRules():
                 iptables.put(op)
             case WriteNames():

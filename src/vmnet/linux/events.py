@@ -17,7 +17,15 @@ from types import TracebackType
 from typing import Self
 
 from vmnet.linux import wire
-from vmnet.linux.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, RTM_GETLINK, RTM_NEWLINK, Netlink, parse_attrs
+from vmnet.linux.netlink import (
+    NETLINK_NETFILTER,
+    NETLINK_ROUTE,
+    RTM_DELADDR,
+    RTM_GETLINK,
+    RTM_NEWLINK,
+    Netlink,
+    parse_attrs,
+)
 from vmnet.linux.places import NAMED
 from vmnet.model import KernelRefused, Lease
 from vmnet.ops import ROUTE_PROTOCOL
@@ -41,7 +49,7 @@ _CHAINS, _CONF, _NAMESPACES = (100, 101), (80, 81), (88, 89)
 _BY_INDEX = {*_ADDRESSES, *_NEIGHBOURS, *_QDISCS, *_FILTERS, *_CHAINS}
 _RTA_OIF, _NETCONFA_IFINDEX = 4, 1
 _OURS = ALIAS_PREFIX.encode()
-_OUR_TABLE, _NFT_NEWGEN, _NFTA_GEN_PROC_NAME, _NFTA_GEN_PROC_PID = b"vmnet\0", 10 << 8 | 15, 3, 2
+_NFT_NEWGEN, _NFTA_GEN_PROC_NAME, _NFTA_GEN_PROC_PID = 10 << 8 | 15, 3, 2
 
 # include/uapi/linux/inotify.h: written, moved, made, deleted
 _INOTIFY_MASK = 0x0002 | 0x0008 | 0x0040 | 0x0080 | 0x0100 | 0x0200
@@ -202,15 +210,16 @@ class Events:
         if kind in _LINKS:
             self._read_link(body)
         elif kind in _BY_INDEX:
-            self._index(_INDEX.unpack_from(body)[0])
+            index = _INDEX.unpack_from(body)[0]
+            self._index(index)
+            if kind == RTM_DELADDR and index != _LO and index not in self._devices and not self._heard.addresses:
+                self._heard = self._heard._replace(addresses=True)
         elif kind in _ROUTES:
             if body[5] == ROUTE_PROTOCOL:
-                index = parse_attrs(body, 12).get(_RTA_OIF, b"\0\0\0\0")
-                self._index(int.from_bytes(index, "little") or _LO)
+                self._index(int.from_bytes(parse_attrs(body, 12).get(_RTA_OIF, b""), "little") or _LO)
         elif kind in _CONF:
-            index = parse_attrs(body, 4).get(_NETCONFA_IFINDEX, b"")
-            number = int.from_bytes(index, "little", signed=True)
-            self._index(number if number > 0 else _LO)
+            index = int.from_bytes(parse_attrs(body, 4).get(_NETCONFA_IFINDEX, b""), "little", signed=True)
+            self._index(index if index > 0 else _LO)
         elif kind in _NAMESPACES:
             self._heard = self._heard._replace(marks=True)
 

@@ -228,6 +228,12 @@ def _is_uplink(netlink: Netlink, link: Link) -> bool:
     return any(wire.parse_route(body, {link.index: link.name})[2].destination == DEFAULT_ROUTE for body in routes)
 
 
+def addresses(netlink: Netlink) -> frozenset[str]:
+    """Return all IPv4 addresses of the host."""
+    bodies = netlink.dump(RTM_GETADDR, wire.address_query())
+    return frozenset(wire.parse_address(body)[1].value.partition("/")[0] for body in bodies)
+
+
 def sysctl(key: str) -> int:
     """Return a sysctl that is a number."""
     return int(Path("/proc/sys", *key.split(".")).read_text())

@@ -78,6 +78,10 @@ class LinuxPlatform:
         """Return how the ruleset `text` is listed, or None where the caller may not see rules."""
         return nft.expected_listing(text, cache) if self.privileged else None
 
+    def addresses(self) -> frozenset[str]:
+        """Return all IPv4 addresses of the host."""
+        return observe.addresses(self._places.host)
+
     def look_around(self) -> Found:
         """Return how the host is before anything of it is changed."""
         view = observe.observe_host(self._places.host, None)
