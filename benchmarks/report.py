@@ -38,7 +38,7 @@ class Range:
 class Table:
     """One quantity of several ways: `samples` by way, a value a round; `cpu` the same in processor time.
 
-    Tables of one `group` are shown side by side.
+    Tables of one `group` are shown side by side. `alone`: its ways do different things, and are not compared.
     """
 
     title: str
@@ -47,6 +47,7 @@ class Table:
     cpu: Samples = field(default_factory=dict)
     targets: Sequence[Target] = ()
     group: str = ""
+    alone: bool = False
 
     def add(self, way: str, value: float, cpu: float | None = None) -> None:
         """Add what a round saw of a way."""
@@ -85,7 +86,7 @@ def lines(table: Table) -> list[str]:
     for way, values in table.samples.items():
         cells = [way, str(spread(values)), str(spread(table.cpu[way])) if way in table.cpu else ""]
         for samples in (table.samples, table.cpu):
-            found = ratio(samples, first, way) if way != first else None
+            found = ratio(samples, first, way) if way != first and not table.alone else None
             cells.append(str(found) if found else "")
         rows.append(cells)
     rows = [

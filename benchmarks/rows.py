@@ -277,6 +277,13 @@ def path(bench: Bench) -> list[Table]:
     return measure(bench)
 
 
+def watch(bench: Bench) -> list[Table]:
+    """The watcher; see benchmarks/watching.py."""
+    from benchmarks.watching import measure
+
+    return measure(bench)
+
+
 ROWS: dict[str, Callable[[Bench], list[Table]]] = {
     "one": one,
     "veths": veths,
@@ -284,6 +291,7 @@ ROWS: dict[str, Callable[[Bench], list[Table]]] = {
     "growth": growth,
     "path": path,
     "rules": rules,
+    "watch": watch,
 }
 
 
