@@ -39,7 +39,8 @@ ALLOWED: dict[str, set[str]] = {
     "watch": {"", "engine", "model", "ops", "platform", "signs", "truces"},
     "hooks": {"", "hooks", "model", "settings"},
     "cli": {
-        "", "cli", "engine", "hooks", "linux", "model", "ops", "plan", "platform", "settings", "signs", "specs", "watch",
+        "", "cli", "engine", "hooks", "linux", "model", "ops", "plan", "platform", "settings", "signs", "specs",
+        "watch",
     },
     "__main__": {"cli"},
 }  # fmt: skip
