@@ -1,6 +1,7 @@
 """Rules of ours in chains that other firewalls offer: they come, are missed, come again, and go."""
 
 import re
+import sys
 
 import pytest
 
@@ -98,6 +99,47 @@ def test_a_dry_run_prints_what_a_person_could_type(laptop: Laptop, warm: Warm, p
     typed = chain(laptop, program)
     warm.vmnet(laptop, "carve")
     assert chain(laptop, program) == typed
+
+
+PUT = """
+import sys
+from vmnet.linux import iptables
+from vmnet.ops import PutRules
+program, old, new = sys.argv[1:]
+iptables.put(PutRules(program, "DOCKER-USER", tuple(old.split(",")) if old else (), (new,)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("-i gone -m comment --comment vmnet -j DROP", "-j ACCEPT", ""),
+        ("", "-m nonsense -j ACCEPT", "refused our rules in DOCKER-USER"),
+    ],
+    ids=["stale", "wrong"],
+)
+def test_a_plan_that_others_have_overtaken_is_left_and_a_wrong_one_is_refused(
+    laptop: Laptop, program: str, old: str, new: str, said: str
+) -> None:
+    before = chain(laptop, program)
+    done = laptop.execute(sys.executable, "-c", PUT, program, old, new)
+    assert said in done.err
+    assert (done.code == 0) == (not said)
+    assert chain(laptop, program) == before
+
+
+def test_commands_and_a_firewall_that_reloads_all_the_time_come_to_an_end(
+    laptop: Laptop, warm: Warm, program: str
+) -> None:
+    warm.vmnet(laptop, "create", "web", "--kind", "veth")
+    reload = f"for i in $(seq 60); do {program} -F DOCKER-USER; {program} -A DOCKER-USER -j RETURN; done"
+    reloading = laptop.start("sh", "-c", reload)
+    while reloading.poll() is None:
+        done = warm.vmnet(laptop, "up", check=False)
+        assert done.code in (0, 1)
+        assert done.code == 0 or "does not stay as it is set" in done.err
+    warm.vmnet(laptop, "up")
+    assert warm.vmnet(laptop, "plan").out == ""
 
 
 def test_without_such_chains_no_program_is_started(lab: Lab, warm: Warm) -> None:

@@ -19,6 +19,8 @@ NFT, LEGACY = "iptables-nft", "iptables-legacy"
 _GETCHAIN, _GETGEN = 10 << 8 | 4, 10 << 8 | 16
 _NFTA_CHAIN_TABLE, _NFTA_CHAIN_NAME = 1, 3
 _ANY, _IPV4 = (struct.pack("=BBH", family, 0, 0) for family in (0, 2))
+# Seconds to wait for others who change the older ip_tables; some hold that lock for good.
+_PATIENCE = "--wait=10"
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 
 
@@ -82,11 +84,14 @@ def _ours(name: str, lines: list[str]) -> tuple[str, ...]:
 
 
 def put(op: PutRules) -> None:
-    """Change the rules of ours in a chain: all of it, or nothing. Raises HostLacks, or KernelRefused."""
-    done = _run(f"{op.program}-restore", "-w", "-n", script=op.script())
+    """Change the rules of ours in a chain: all of it, or nothing. Raises HostLacks, or KernelRefused.
+
+    Where others have changed the chain since it was looked at, nothing is done: the next look decides anew.
+    """
+    done = _run(f"{op.program}-restore", "-n", _PATIENCE, script=op.script())
     if done is None:
         raise HostLacks(f"the program {op.program}-restore is missing", hint="install iptables")
-    if done.returncode:
+    if done.returncode and Chain(op.program, op.chain, op.old) in _saved(op.program):
         words = done.stderr.strip().partition("\n")[0] or "no reason given"
         raise KernelRefused(f"{op.program}-restore refused our rules in {op.chain}: {words}")
 
