@@ -189,8 +189,8 @@ class Events:
         start = 0
         while start + 16 <= len(data):
             size, kind, _, _, port = _HEADER.unpack_from(data, start)
-            if size < 16:
-                return
+            if size < 16 + _INDEX.size or start + size > len(data):
+                return  # nothing that the kernel sends
             body = data[start + 16 : start + size]
             # One that was made anew while whose devices there are was read, by this very process most often.
             if kind == RTM_NEWLINK and netns is None and _OURS in body:
