@@ -313,7 +313,8 @@ class Watcher:
         problems = self._engine.keep(names, host=new_host, orphans=new_guests)
         # Some other state may have been there in between: what is taken for clean was so before and after.
         again, _, _ = self._glance()
-        lasting = all(isinstance(one, Conflict) for one in problems.values())
+        # What keeps the host part from being made may be anywhere, and a guest's conflict only where the guest is.
+        lasting = "" not in problems and all(isinstance(one, Conflict) for one in problems.values())
         if again == glance and lasting and not self._done and not self.truces.held(self._now.steady):
             self._clean.host, self._clean.guests = glance.host, glance.guests
             self._clean.insides[part] = glance.insides

@@ -455,3 +455,16 @@ def test_records_of_another_host_are_not_watched(warm: Warm, lab: Lab) -> None:
     result = lab.laptop.execute("unshare", "--net", sys.executable, "-m", "vmnet", "watch")
     assert result.code == 4, result
     assert "another network namespace" in result.err
+
+
+def test_a_lan_that_is_in_the_way_of_the_first_carve_is_waited_out(warm: Warm, laptop: Laptop) -> None:
+    """Booted in a LAN of 127.1.x.x, vmnet refuses; what is in its way is nothing that a look at vmnet's own shows."""
+    warm.vmnet(laptop, "create", "g", "--kind", "veth")
+    (laptop.folder / "run/found.json").unlink()
+    laptop.ip("addr add 127.1.0.77/24 dev wlan0", "route del unreachable 127.0.0.0/10 table local")
+    with Watching(laptop, interval=OFTEN) as watcher:
+        watcher.wait_for("127.1.0.0/24: an address of wlan0")
+        looks = watcher.looks()
+        assert wait_until(lambda: watcher.looks() > looks + 2)
+        laptop.ip("addr del 127.1.0.77/24 dev wlan0")
+        assert is_healed(warm, laptop, 8)
