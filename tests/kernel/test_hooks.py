@@ -257,7 +257,7 @@ def confined(laptop: Laptop, hooks: Callable[..., Result], program: Path) -> lis
 
 @pytest.fixture
 def damaged(laptop: Laptop) -> Callable[[], None]:
-    """Guests of all kinds, and what undoes all that vmnet has set for them."""
+    """Guests of all kinds, folders of a user's, and what undoes all that vmnet has set for them."""
     stranger = laptop.start(
         "unshare", "--net", "setpriv", "--reuid=65534", "--clear-groups", "sh", "-c", "echo $$; cat"
     )
@@ -268,7 +268,8 @@ def damaged(laptop: Laptop) -> Callable[[], None]:
     laptop.vmnet("create", "job", "--netns", f"/proc/{pid}/ns/net")
     if why_no_tap() is None:
         laptop.vmnet("create", "box")
-    os.chown(laptop.hosts_file, 65534, 65534)
+    for path in (laptop.hosts_file, laptop.folder / "state", laptop.folder / "run"):
+        os.chown(path, 65534, 65534)
     laptop.hosts_file.chmod(0o664)
 
     def damage() -> None:
@@ -291,11 +292,13 @@ def test_the_service_of_the_boot_works_within_its_sandbox(
 ) -> None:
     damaged()
     assert not is_right(laptop)
+    replaced = laptop.hosts_file.stat().st_ino
     done = laptop.execute(*confined, "watch", "--once")
     assert (done.code, done.err) == (0, "")
     assert is_right(laptop)
     assert "web.vmnet.internal" in laptop.hosts_file.read_text()
     found = laptop.hosts_file.stat()
+    assert found.st_ino != replaced
     assert (found.st_uid, found.st_gid, found.st_mode & 0o777) == (65534, 65534, 0o664)
 
 
@@ -336,29 +339,27 @@ def test_an_init_script_keeps_the_watcher_running(laptop: Laptop, hooks: Callabl
     def service(verb: str) -> int:
         return laptop.execute("/etc/init.d/vmnet", verb, env={"PATH": "/bin"}).code
 
-    def watchers() -> list[int]:
-        return [int(pid) for pid in laptop.run("pgrep", "-f", "vmnet watch", check=False).split()]
-
-    def is_watched() -> bool:
-        return [laptop.vmnet("watch", "--status", "--json", check=False).json["pid"]] == watchers()
+    def watcher() -> int | None:
+        pid: int | None = laptop.vmnet("watch", "--status", "--json", check=False).json["pid"]
+        return pid
 
     laptop.vmnet("create", "web", "--kind", "veth")
     laptop.ip("link del vmn-web")
     assert service("status") == 3
     assert service("start") == 0
     assert is_right(laptop)
-    assert wait_until(is_watched, 60)
+    assert wait_until(lambda: watcher() is not None, 60)
+    first = watcher()
     assert service("start") == 0
-    [first] = watchers()
     assert service("status") == 0
 
     laptop.run("kill", "-KILL", str(first))
-    assert wait_until(lambda: first not in watchers() and is_watched(), 60)
-    [second] = watchers()
+    assert wait_until(lambda: watcher() not in (first, None), 60)
+    second = watcher()
     assert service("reload") == 0
-    assert watchers() == [second]
+    assert watcher() == second
 
     assert service("stop") == 0
-    assert watchers() == []
+    assert laptop.execute("pgrep", "-f", "vmnet watch").code == 1
     assert service("stop") == 0
     assert service("status") == 3
