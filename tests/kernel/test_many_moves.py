@@ -369,7 +369,7 @@ class Life:
 
 @pytest.mark.parametrize("moves", [20, pytest.param(200, marks=pytest.mark.long)])
 def test_no_connection_is_lost_that_was_not_bound_to_an_old_lan(lab: Lab, warm: Warm, moves: int) -> None:
-    """And nothing is to be done on a move: a watcher that looks all the time finds nothing to put right."""
+    """And a watcher that looks all the time finds nothing to put right, only old connections to forget."""
     print(f"VMNET_TEST_SEED={SEED}")
     guests = []
     for form, options in forms_here().items():
@@ -390,5 +390,5 @@ def test_no_connection_is_lost_that_was_not_bound_to_an_old_lan(lab: Lab, warm: 
             if way_out and way_out != before:
                 life.bind()
             life.check()
-        assert watcher.changes() == []
+        assert not [line for line in watcher.changes() if "- connections of guests over" not in line]
     assert warm.vmnet(lab.laptop, "plan").out == ""
