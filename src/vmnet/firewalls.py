@@ -28,7 +28,7 @@ class Chain(NamedTuple):
 
 
 class Bridge(NamedTuple):
-    """A bridge; `uplink` says whether a default route leads over it."""
+    """A bridge; `uplink` says whether it leads out of this host, as the bridge of its own network cards does."""
 
     name: str
     uplink: bool

@@ -5,10 +5,13 @@ import sys
 
 import pytest
 
+from tests.kernel.machine import wait_until
 from tests.kernel.net import Lab, Laptop
 from tests.kernel.warm import Warm
+from tests.kernel.watching import NEVER, Watching
 
 FOUND = 10
+PATIENCE = 15.0
 PROGRAMS = ("iptables-nft", "iptables-legacy")
 THEIRS = (
     "*filter\n:DOCKER-USER - [0:0]\n:FORWARD DROP [0:0]\n-A FORWARD -j DOCKER-USER\n-A DOCKER-USER -j RETURN\nCOMMIT\n"
@@ -79,6 +82,48 @@ def test_a_bridge_that_comes_is_closed_and_one_that_goes_is_forgotten(laptop: La
     assert not [rule for rule in chain(laptop, program) if " mynet " in rule]
     laptop.ip("link del mynet")
     assert warm.vmnet(laptop, "plan").out == ""
+
+
+LEADS_OUT = {
+    "a default route": (["route add default via 10.77.0.1 dev mine metric 5"], ["route del default dev mine"]),
+    "one of another table": (["route add default via 10.77.0.1 dev mine table 77"], ["route flush table 77"]),
+    "one over two": (
+        ["route add default metric 5 nexthop via 10.77.0.1 dev mine nexthop via 192.168.77.1 dev wlan0"],
+        ["route del default metric 5"],
+    ),
+    "one of a nexthop": (
+        ["nexthop add id 7 via 10.77.0.1 dev mine", "route add default nhid 7 metric 5"], ["nexthop del id 7"],
+    ),
+}  # fmt: skip
+# Cards that a namespace can have; many kernels have no such kinds.
+LEADS_OUT |= {
+    kind: ([f"link add {words} type {kind} {more}", "link set card master mine"], ["link del card"])
+    for kind, words, more in (("vlan", "link wlan0 name card", "id 7"), ("bond", "card", ""))
+}
+
+
+@pytest.mark.parametrize("sense", [None, "deaf"], ids=["by event", "without events"])
+def test_a_bridge_that_leads_out_is_opened_by_itself_and_closed_again(
+    laptop: Laptop, warm: Warm, sense: str | None
+) -> None:
+    laptop.run("iptables-nft-restore", stdin=THEIRS)
+    laptop.ip("link add mine type bridge", "link set mine up", "addr add 10.77.0.2/24 dev mine")
+    warm.vmnet(laptop, "carve")
+
+    def is_closed() -> bool:
+        return any(" mine " in rule for rule in chain(laptop, "iptables-nft"))
+
+    assert is_closed()
+    for name, (open_it, close_it) in LEADS_OUT.items():
+        if name in ("vlan", "bond") and laptop.execute("ip", *open_it[0].split()).code:
+            continue
+        laptop.ip("link del card", check=False)
+        # A new one each time: what is undone again and again it would leave alone.
+        with Watching(laptop, interval=NEVER if sense is None else 0.5, sense=sense):
+            laptop.ip(*open_it)
+            assert wait_until(lambda: not is_closed(), PATIENCE), name
+            laptop.ip(*close_it)
+            assert wait_until(is_closed, PATIENCE), name
 
 
 def test_a_chain_that_comes_later_is_found_by_the_next_look(laptop: Laptop, warm: Warm) -> None:

@@ -215,7 +215,9 @@ class Events:
             if kind == RTM_DELADDR and index != _LO and index not in self._devices and not self._heard.addresses:
                 self._heard = self._heard._replace(addresses=True)
         elif kind in _ROUTES:
-            if body[5] == ROUTE_PROTOCOL:
+            if body[1] == 0 and not self._heard.host:
+                self._heard = self._heard._replace(host=True)  # a default route: a bridge may lead out now, or no more
+            elif body[5] == ROUTE_PROTOCOL:
                 self._index(int.from_bytes(parse_attrs(body, 12).get(_RTA_OIF, b""), "little") or _LO)
         elif kind in _CONF:
             index = int.from_bytes(parse_attrs(body, 4).get(_NETCONFA_IFINDEX, b""), "little", signed=True)

@@ -22,7 +22,7 @@ from vmnet.linux.netlink import (
     Message,
     Netlink,
 )
-from vmnet.linux.observe import sysctl
+from vmnet.linux.observe import leads_out, sysctl
 from vmnet.linux.places import NAMED, Places
 from vmnet.model import Lease
 from vmnet.ops import ROUTE_PROTOCOL
@@ -61,6 +61,7 @@ def glance(places: Places, leases: Sequence[Lease], insides: Sequence[Lease]) ->
 def _add_links(netlink: Netlink, devices: Collection[str], host: _Digest, guests: _Digest) -> set[int]:
     """Add what devices show to the digests; return the indexes of those that are ours."""
     ours = set()
+    bridges = []
     for body in netlink.dump(RTM_GETLINK, wire.link_query()):
         index = _INDEX.unpack_from(body)[0]
         if index == _LO:
@@ -70,6 +71,8 @@ def _add_links(netlink: Netlink, devices: Collection[str], host: _Digest, guests
             guests.update(_without_counters(body))
         elif wire.BRIDGE in body:
             host.update(wire.parse_name(body).encode())  # the rest of it tells of its timers
+            bridges.append(index)
+    host.update(bytes(leads_out(netlink, index) for index in bridges))
     return ours
 
 

@@ -19,6 +19,7 @@ from vmnet.linux.netlink import (
     Message,
     Netlink,
     nested,
+    u32,
 )
 from vmnet.linux.places import NAMED, Places, identify, is_stub
 from vmnet.model import Lease, NetnsId
@@ -40,6 +41,8 @@ _DIRECTIONS = ("ingress", "egress")
 _LO = 1
 # From so many guests on, one dump of everything is cheaper than asking about each.
 _MANY = 16
+# Kinds of devices that are cards, or stand for some. Those that stand for a guest have others: veth, tun.
+_CARDS = ("", "bond", "team", "vlan")
 
 
 def link_by_name(netlink: Netlink, name: str) -> Link | None:
@@ -219,13 +222,16 @@ def _bridges(netlink: Netlink) -> tuple[Bridge, ...]:
     query = wire.link_query() + nested(wire.IFLA_LINKINFO, wire.BRIDGE)
     # A kernel that has never seen a bridge does not know the word, and tells of all devices.
     links = [wire.parse_link(body) for body in netlink.dump(RTM_GETLINK, query) if wire.BRIDGE in body]
-    return tuple(sorted(Bridge(one.name, _is_uplink(netlink, one)) for one in links))
+    return tuple(sorted(Bridge(one.name, leads_out(netlink, one.index)) for one in links))
 
 
-def _is_uplink(netlink: Netlink, link: Link) -> bool:
-    """Say whether a default route, in whatever table, leads over a device."""
-    routes = netlink.dump(RTM_GETROUTE, wire.route_query(index=link.index))
-    return any(wire.parse_route(body, {link.index: link.name})[2].destination == DEFAULT_ROUTE for body in routes)
+def leads_out(netlink: Netlink, bridge: int) -> bool:
+    """Say whether a bridge, given by its index, has a card of the machine's for a port, or a default route over it."""
+    ports = netlink.dump(RTM_GETLINK, wire.link_query() + u32(wire.IFLA_MASTER, bridge))
+    if any(wire.parse_link(body).kind in _CARDS for body in ports):
+        return True
+    routes = netlink.dump(RTM_GETROUTE, wire.route_query(index=bridge))
+    return any(wire.parse_route(body, {})[2].destination == DEFAULT_ROUTE for body in routes)
 
 
 def addresses(netlink: Netlink) -> frozenset[str]:
