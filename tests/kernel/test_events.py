@@ -3,13 +3,16 @@
 import os
 import struct
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.kernel.machine import wait_until
+from tests.kernel.machine import QUIET, TIMEOUT, wait_until
 from tests.kernel.net import Laptop
+from tests.kernel.warm import Warm
+from tests.kernel.watching import Watching, is_healed
 from vmnet.linux.events import Events
 from vmnet.linux.netlink import Netlink
 from vmnet.platform import Heard
@@ -82,3 +85,30 @@ def test_two_that_were_heard_are_one(events: Events) -> None:
     both = one.also(other)
     assert both == Heard(host=True, names=frozenset("ab"), lost=True, programs=("x[1]",))
     assert not Heard(programs=("x[1]",)).anything
+
+
+def has_looked(watcher: Watching, looks: int) -> bool:
+    return watcher.looks() > looks
+
+
+def test_what_a_guests_ipv6_learns_is_nothing_to_look_at(warm: Warm, laptop: Laptop) -> None:
+    warm.vmnet(laptop, "create", "g", "--kind", "veth")
+    with Watching(laptop) as watcher:
+        for neighbour, looked in (("fd00::9", False), ("10.5.0.9", True)):
+            looks = watcher.looks()
+            laptop.run("ip", "-n", "g", "neigh", "add", neighbour, "lladdr", "02:00:00:00:00:09", "dev", "eth0")
+            assert wait_until(partial(has_looked, watcher, looks), TIMEOUT if looked else QUIET) is looked
+
+
+def test_a_device_that_was_made_anew_is_watched_like_the_first(warm: Warm, laptop: Laptop) -> None:
+    """The records change with what is put right first: whose devices there are is read while this one is away."""
+    warm.vmnet(laptop, "create", "g", "--kind", "veth")
+    with Watching(laptop):
+        for change in (
+            "route del unreachable 127.0.0.0/10 table local",
+            "link del vmn-g",
+            "link set vmn-g group 0",
+            "-n g addr flush dev eth0",
+        ):
+            laptop.run("ip", *change.split())
+            assert is_healed(warm, laptop), change

@@ -199,7 +199,8 @@ class Events:
                 before = self._heard
                 if netns is None or netns < 0:
                     self._read_own(kind, body)
-                elif netns in self._insides:
+                # A guest's IPv6 learns and forgets neighbours all the time, even while nothing else happens.
+                elif netns in self._insides and (kind not in _NEIGHBOURS or body[0] == socket.AF_INET):
                     self._name(self._insides[netns])
                 if port and self._heard is not before:
                     self._remember(port, "")
