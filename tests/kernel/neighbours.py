@@ -9,6 +9,7 @@
 `NEIGHBOURS` is the table; the rules in it are those that the programs themselves make, or the programs are run.
 """
 
+import errno
 import json
 import os
 import selectors
@@ -42,24 +43,29 @@ PATIENCE = 30.0
 def reached(asked: Mapping[str, Question], expected: Iterable[str] = ()) -> set[str]:
     """Connect to many at once, by TCP; return the names of those that are connected.
 
-    Those `expected` are waited for; what has no answer until they and a little time are there, has none.
+    Those `expected` are waited for. What has no answer until they have one, and then ten times as long as the last that
+    came took, has none.
     """
     found: set[str] = set()
     patient = set(expected)
-    end = time.monotonic() + QUIET
     with selectors.DefaultSelector() as poll, ExitStack() as sockets:
         for name, (machine, address, port) in asked.items():
             client = sockets.enter_context(machine.socket(socket.AF_INET, socket.SOCK_STREAM))
             client.setblocking(False)
-            if client.connect_ex((address, port)) in (0, 115):  # EINPROGRESS
+            if client.connect_ex((address, port)) in (0, errno.EINPROGRESS):
                 poll.register(client, selectors.EVENT_WRITE, name)
 
+        begin = time.monotonic()
+        took = QUIET / 10
+
         def all_told() -> bool:
+            nonlocal took
             for key, _ in poll.select(0.01):
                 poll.unregister(key.fileobj)
                 if key.fileobj.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0:  # type: ignore[union-attr]
                     found.add(key.data)
-            return not poll.get_map() or (patient <= found and time.monotonic() > end)
+                    took = max(took, time.monotonic() - begin)
+            return not poll.get_map() or (patient <= found and time.monotonic() - begin > 10 * took)
 
         wait_until(all_told)
     return found
