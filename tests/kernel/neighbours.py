@@ -705,7 +705,7 @@ def hardened_sysctl(scene: Scene) -> None:
 
 def network_manager(scene: Scene) -> None:
     """Start NetworkManager with the snippet that `vmnet hooks install` writes."""
-    scene.etc("NetworkManager/conf.d/50-vmnet.conf", template("networkmanager/vmnet.conf"))
+    scene.etc("NetworkManager/conf.d/zz-vmnet.conf", template("networkmanager/vmnet.conf"))
     network_manager_alone(scene)
 
 

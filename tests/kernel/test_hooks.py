@@ -14,7 +14,11 @@ from pathlib import Path
 import pytest
 
 from tests.kernel.machine import wait_until
-from tests.kernel.net import SOURCES, Laptop, Result, need_own_etc, why_no_tap
+from tests.kernel.neighbours import Scene, firewalld_alone, network_manager_alone
+from tests.kernel.net import SOURCES, Lab, Laptop, Result, need_own_etc, why_no_tap
+from tests.kernel.warm import Warm
+from tests.system.roots import NEIGHBOURS as DEBIAN
+from tests.system.roots import Rooted, debian_root
 
 SANDBOX = Path(__file__).with_name("sandbox.py")
 WATCHER = "/etc/systemd/system/vmnet-watch.service"
@@ -363,3 +367,45 @@ def test_an_init_script_keeps_the_watcher_running(laptop: Laptop, hooks: Callabl
     assert laptop.execute("pgrep", "-f", "vmnet watch").code == 1
     assert service("stop") == 0
     assert service("status") == 3
+
+
+@pytest.mark.root
+def test_daemons_that_run_hear_of_it_and_lose_nothing_of_others(
+    laptop: Laptop, lab: Lab, warm: Warm, hooks: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = Scene(warm, lab)
+    scene.debian = debian = Rooted(laptop, debian_root("neighbours", DEBIAN))
+    scene.create()
+    firewalld_alone(scene)
+    monkeypatch.setattr(scene, "bus", lambda: None)  # there is one now
+    network_manager_alone(scene)
+    scene.debian_run("firewall-cmd", "--zone=public", "--add-port=4711/tcp")
+    # The Debian system's /etc in place of the laptop's, and its programs.
+    laptop.run("mount", "-t", "tmpfs", "tmpfs", "/usr/local/sbin")
+    for name in ("firewall-cmd", "nmcli"):
+        program = laptop.path(f"/usr/local/sbin/{name}")
+        program.write_text(f'#!/bin/sh\nexec chroot {debian._inside} {name} "$@"\n')
+        program.chmod(0o755)
+    laptop.run("mount", "--bind", f"{debian._inside}/etc", "/etc")
+    before = etc(laptop)
+
+    def unmanaged() -> set[str]:
+        listed = scene.debian_run("nmcli", "-t", "-f", "DEVICE,STATE", "device")
+        return {line.partition(":")[0] for line in listed.splitlines() if line.endswith(":unmanaged")}
+
+    ours = {one.host_device for one in scene.guests} | {"lo"}
+    assert not ours <= unmanaged()
+    done = hooks("install", "firewalld", "networkmanager")
+    assert done.err == ""
+    assert wait_until(lambda: ours <= unmanaged(), 60)
+    laptop.vmnet("up")
+    scene.assert_guests_work()
+    assert scene.debian_run("firewall-cmd", "--zone=public", "--query-port=4711/tcp").strip() == "yes"
+    assert "ran: " not in hooks("install", "firewalld", "networkmanager").out
+
+    scene.debian_run("firewall-cmd", "--reload")
+    assert scene.debian_run("firewall-cmd", "--get-zone-of-interface=vmn-+").strip() == "vmnet"
+    scene.assert_guests_work()
+    assert hooks("uninstall").err == ""
+    assert scene.debian_run("firewall-cmd", "--get-zone-of-interface=vmn-+", check=False).strip() != "vmnet"
+    assert etc(laptop) == before

@@ -131,7 +131,15 @@ _SCRIPT = "/etc/init.d/vmnet"
 _RELOAD = Command(("systemctl", "daemon-reload"), when=systemd_runs)
 _RELOAD_NETWORKD = Command(("networkctl", "reload"), when=_says_yes("systemctl", "is-active", "-q", "systemd-networkd"))
 _RELOAD_NETWORKMANAGER = Command(("nmcli", "general", "reload", "conf"), when=_says_yes("nmcli", "general", "status"))
-_RELOAD_FIREWALLD = Command(("firewall-cmd", "--reload"), when=_says_yes("firewall-cmd", "--state"))
+_FIREWALLD_RUNS = _says_yes("firewall-cmd", "--state")
+# A zone that says the same as ours and is always there, and ours, which firewalld knows when it has started anew.
+_ZONE_NOW = "trusted"
+_ZONES = (_ZONE_NOW, "vmnet")
+
+
+def _in_zone(zone: str, verb: str) -> tuple[str, ...]:
+    return ("firewall-cmd", f"--zone={zone}", f"--{verb}-interface=vmn-+")
+
 
 PARTS = (
     Part(
@@ -164,7 +172,7 @@ PARTS = (
     Part(
         "networkmanager",
         found=_has("NetworkManager"),
-        files=(File("/etc/NetworkManager/conf.d/vmnet.conf", "networkmanager/vmnet.conf"),),
+        files=(File("/etc/NetworkManager/conf.d/zz-vmnet.conf", "networkmanager/vmnet.conf"),),
         installed=(_RELOAD_NETWORKMANAGER,),
         gone=(_RELOAD_NETWORKMANAGER,),
     ),
@@ -193,8 +201,13 @@ PARTS = (
         "firewalld",
         found=_has("firewalld"),
         files=(File("/etc/firewalld/zones/vmnet.xml", "firewalld/vmnet.xml"),),
-        # It takes away what others have set without --permanent: hence only when a file has changed.
-        installed=(_RELOAD_FIREWALLD,),
-        gone=(_RELOAD_FIREWALLD,),
+        # No reload, which would take away what others have set without --permanent.
+        installed=(
+            Command(
+                _in_zone(_ZONE_NOW, "add"),
+                when=lambda: _FIREWALLD_RUNS() and not any(_says_yes(*_in_zone(zone, "query"))() for zone in _ZONES),
+            ),
+        ),
+        leaving=tuple(Command(_in_zone(zone, "remove"), when=_says_yes(*_in_zone(zone, "query"))) for zone in _ZONES),
     ),
 )
