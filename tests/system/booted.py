@@ -24,6 +24,8 @@ from tests.system.image import CHECKOUT, PORT, Image
 LANS = ("192.168.77.0/24", "10.31.0.0/24")
 """The LANs that the two cards are plugged into."""
 
+INTERNET = "198.51.100.2"
+
 BOOT = 300.0
 """Seconds that a boot may take."""
 
@@ -113,7 +115,7 @@ class Booted:
                         "--user=root",
                     ),
                     *(f"--dhcp-range={stem}.50,{stem}.99,1h", f"--dhcp-leasefile={self._folder}/{router.name}.leases"),
-                    *("--address=/internet.example/198.51.100.2", "--interface=lan0", "--bind-interfaces"),
+                    *(f"--address=/internet.example/{INTERNET}", "--interface=lan0", "--bind-interfaces"),
                     f"--pid-file={self._folder}/{router.name}.pid",
                 ],
                 stderr=subprocess.DEVNULL,
@@ -178,7 +180,7 @@ class Booted:
         self._ask("set_link", name=f"nic{number}", up=False)
 
     def await_boot(self) -> None:
-        """Wait until the machine that boots takes orders, and has started all that it starts."""
+        """Wait until the machine that boots takes orders, has started all that it starts, and is in its LAN."""
         try:
             while not (ready := self._orders.receive(BOOT).get("ready")) or ready == self.boot_id:
                 pass
@@ -186,6 +188,7 @@ class Booted:
             raise AssertionError(f"the machine does not boot: {error}\n{self.console.read_text()[-4000:]}") from error
         self.boot_id = ready
         self.execute("systemctl", "is-system-running", "--wait", timeout=BOOT)
+        self.await_("ip", "route", "get", INTERNET, until=lambda done: done.code == 0)
 
     def reboot(self) -> None:
         """Boot the machine anew, in the orderly way."""
