@@ -204,7 +204,9 @@ def idle(bench: Bench) -> list[Table]:
             vmnet.prepare()
             vmnet.create([f"f{number}" for number in range(count)])
             watchers[f"{count} {kind}"] = stack.enter_context(watching(vmnet, interval))
-        time.sleep(2 * interval)  # the first look of all, and what new devices still do by themselves
+        # It looks into the namespaces of some at a time, more closely when it does so first; and new devices do
+        # something by themselves.
+        time.sleep((2 + bench.many // 100) * interval)
         before = {name: (time.monotonic(), one.processor(), one.counts()) for name, one in watchers.items()}
         bench.say(f"{_LOOKS} looks, one every {interval:g} s")
         time.sleep(_LOOKS * interval + 1)
