@@ -177,10 +177,20 @@ class HostPart:
         ]
         for line in _shortened([f"{use}; it stays so, and out of the pool" for use in uses]):
             self.report.warn(line)
+        reservations += self._still_to_come(store, reservations)
         guessed, _ = self._find_found()
         if guessed:
             self._say_guessed(guessed)
         return guessed or self.platform.look_around(), reservations
+
+    def _still_to_come(self, store: Store, now: Sequence[Reservation]) -> list[Reservation]:
+        """Return what was in use before this boot: whose program it is may start only after this carve."""
+        before = store.host()
+        if before is None or before.boot_id == self.here.boot_id:
+            return []
+        spans = {(one.first, one.last) for one in now}
+        earlier = [one for one in store.reservations() if one.reason.startswith("local:")]
+        return [one for one in earlier if (one.first, one.last) not in spans]
 
     def _wish(self, store: Store, reservations: Sequence[Reservation], found: Found | None) -> HostWish:
         found = found or load_found(self.paths.run, self.here)

@@ -66,7 +66,7 @@ class Service:
         address = "\0" + self._socket[1:] if self._socket.startswith("@") else self._socket
         with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.connect(address)
-            sender.send(text.encode())
+            sender.send(text.encode(), socket.MSG_DONTWAIT)
 
 
 def _quoted(value: str) -> str:
