@@ -206,20 +206,21 @@ def idle(bench: Bench) -> list[Table]:
             watchers[f"{count} {kind}"] = stack.enter_context(watching(vmnet, interval))
         # It looks into the namespaces of some at a time, more closely when it does so first; and new devices do
         # something by themselves.
-        time.sleep((2 + bench.many // 100) * interval)
-        before = {name: (time.monotonic(), one.processor(), one.counts()) for name, one in watchers.items()}
+        while any(one.counts()["looks_total"] < 2 + bench.many // 100 for one in watchers.values()):
+            time.sleep(interval)
+        before = {name: (one.processor(), one.counts()) for name, one in watchers.items()}
         bench.say(f"{_LOOKS} looks, one every {interval:g} s")
         time.sleep(_LOOKS * interval + 1)
-        scaled = "" if interval == _INTERVAL else f", as if one look every {_INTERVAL:g} s"
         for name, watcher in watchers.items():
-            start, processor, counts = before[name]
-            span, now = time.monotonic() - start, watcher.counts()
-            share = 100 * (watcher.processor() - processor) / span * interval / _INTERVAL
+            processor, counts = before[name]
+            now = watcher.counts()
+            looks = now["looks_total"] - counts["looks_total"]
+            share = 100 * (watcher.processor() - processor) / max(looks, 1) / _INTERVAL
             rows = {
-                f"processor time{scaled}": ("%", share, limits[int(name.split()[0])]),
+                f"processor time of a look every {_INTERVAL:g} s": ("%", share, limits[int(name.split()[0])]),
                 "most memory": ("MiB", watcher.memory("VmHWM"), 60),
                 "changes made": ("in all", now["changes_total"], 0),
-                "looks": ("in all", now["looks_total"] - counts["looks_total"], None),
+                "looks": ("in all", looks, None),
             }
             for title, (unit, value, limit) in rows.items():
                 targets = [] if limit is None else [Target(name, None, limit)]
