@@ -7,7 +7,12 @@ user namespace of its own, which is enough for nearly all of the suite, is not t
 
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("vmnet", deadline=None)
+hypothesis.settings.load_profile("vmnet")
 
 WHOLE_MAP = ["0", "0", "4294967295"]
 
