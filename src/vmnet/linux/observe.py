@@ -236,8 +236,7 @@ def leads_out(netlink: Netlink, bridge: int) -> bool:
 
 def addresses(netlink: Netlink) -> frozenset[str]:
     """Return all IPv4 addresses of the host."""
-    bodies = netlink.dump(RTM_GETADDR, wire.address_query())
-    return frozenset(wire.parse_address(body)[1].value.partition("/")[0] for body in bodies)
+    return frozenset(map(wire.parse_local, netlink.dump(RTM_GETADDR, wire.address_query())))
 
 
 def sysctl(key: str) -> int:

@@ -205,6 +205,12 @@ def parse_address(body: bytes) -> tuple[int, LoAddress]:
     return index, LoAddress(value, scope, flags, tuple((number, payload.hex()) for number, payload in kept.items()))
 
 
+def parse_local(body: bytes) -> str:
+    """Return the address alone that an RTM_NEWADDR describes."""
+    attrs = parse_attrs(body, 8)
+    return socket.inet_ntoa(attrs.get(_IFA_LOCAL) or attrs[_IFA_ADDRESS])
+
+
 def lo_address(one: LoAddress) -> bytes:
     """Return the body of RTM_NEWADDR that puts an address back on lo."""
     if not one.attributes:
