@@ -110,13 +110,10 @@ class HostPart:
     def ensure(self, store: Store, *, if_wished: bool = False) -> bool:
         """Make the host part as it is to be; say whether it was not there at all. Others wait meanwhile.
 
-        `if_wished`: only where the records want it, be it that they have changed while this waited for others.
+        `if_wished`: it was seen not to be so; but only where the records still want it when others are done.
         """
-        with self.locks.host(shared=True):
-            found = load_found(self.paths.run, self.here)
-            wish = self._wish(store, store.reservations(), found) if found and self.is_wished_up(store) else None
-            if wish and not self._plan(wish):
-                return False
+        if not if_wished and self._is_made(store):
+            return False
         with self.locks.host(shared=False):
             if if_wished and not self.is_wished_up(store):
                 return False
@@ -126,18 +123,27 @@ class HostPart:
             if found is None:
                 found, reservations = self._look_around(store)
             wish = self._wish(store, reservations, found)
-            bare = not self.platform.observe_host().routes
+            bare = fresh and not self.platform.observe_host().routes
             if fresh:
                 store.replace_reservations(reservations)
                 save_found(self.paths.run, self.here, found)
-            store.set_host(self.record("up"))
+            if before != self.record("up"):
+                store.set_host(self.record("up"))
             try:
                 self._make(wish)
             except (VmnetError, OSError):
-                if fresh and bare:
+                if bare:
                     self.undo(store, before)
                 raise
             return fresh
+
+    def _is_made(self, store: Store) -> bool:
+        """Say whether there is nothing to do; others that rely on the host part need not wait for that."""
+        with self.locks.host(shared=True):
+            found = load_found(self.paths.run, self.here)
+            return bool(
+                found and self.is_wished_up(store) and not self._plan(self._wish(store, store.reservations(), found))
+            )
 
     def _make(self, wish: HostWish) -> None:
         for _ in range(ATTEMPTS):
