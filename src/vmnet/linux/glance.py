@@ -8,10 +8,9 @@ import os
 import struct
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import TypeAlias
 
-from vmnet.linux import wire
+from vmnet.linux import iptables, nft, wire
 from vmnet.linux.netlink import (
     NETLINK_NETFILTER,
     RTM_GETADDR,
@@ -35,7 +34,6 @@ _IFLA_STATS, _IFLA_STATS64 = 7, 23
 _NUD_PERMANENT = 0x80
 # A neighbour's header, address and MAC; what follows tells its age. A learnt one comes and goes by itself.
 _NEIGHBOUR_SIZE = 12 + 8 + 12
-_NFT_MSG_GETGEN = 10 << 8 | 16  # include/uapi/linux/netfilter/nfnetlink.h, nf_tables.h
 _INDEX = struct.Struct("=4xI")
 
 _Digest: TypeAlias = hashlib.blake2b
@@ -104,9 +102,13 @@ def _finish_host(places: Places, digest: _Digest) -> bytes | None:
         for body in netlink.dump(RTM_GETROUTE, query):
             digest.update(body)
     digest.update(b"%d" % sysctl("net.ipv4.ip_forward"))
-    generation = _rules_generation()
-    if generation is None or _has_old_tables():
-        return None
+    netfilter = Netlink(NETLINK_NETFILTER)
+    try:
+        generation = nft.generation(netfilter)
+    finally:
+        netfilter.close()
+    if generation is None or iptables.has_legacy_filter():
+        return None  # the older iptables has no such number
     digest.update(generation)
     return digest.digest()
 
@@ -135,23 +137,6 @@ def _attributes(body: bytes) -> Iterator[tuple[int, int]]:
         size, kind = struct.unpack_from("=HH", body, position)
         yield position, kind
         position += max(4, size + 3 & ~3)
-
-
-def _rules_generation() -> bytes | None:
-    """Return the number that each change of any nftables rule raises, or None where there is none."""
-    netlink = Netlink(NETLINK_NETFILTER)
-    try:
-        return netlink.get(Message(_NFT_MSG_GETGEN, 0, bytes(4)))
-    finally:
-        netlink.close()
-
-
-def _has_old_tables() -> bool:
-    """Say whether there are tables of the iptables before nftables, whose changes nothing counts."""
-    try:
-        return bool(Path("/proc/thread-self/net/ip_tables_names").read_text().strip())
-    except OSError:
-        return False
 
 
 def _settled(neighbour: bytes) -> bytes:

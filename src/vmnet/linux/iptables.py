@@ -5,20 +5,21 @@ what nft has written. On a host without such chains no program is started.
 """
 
 import os
-import struct
+import socket
 import subprocess
 from pathlib import Path
 
 from vmnet.firewalls import COMMENT, OFFERED, Chain
+from vmnet.linux import nft
 from vmnet.linux.netlink import NETLINK_NETFILTER, Message, Netlink, text
 from vmnet.model import HostLacks, KernelRefused
 from vmnet.ops import PutRules
 
 NFT, LEGACY = "iptables-nft", "iptables-legacy"
 # Of include/uapi/linux/netfilter/nfnetlink.h and nf_tables.h: the number of nf_tables, and its messages.
-_GETCHAIN, _GETGEN = 10 << 8 | 4, 10 << 8 | 16
+_GETCHAIN = 10 << 8 | 4
 _NFTA_CHAIN_TABLE, _NFTA_CHAIN_NAME = 1, 3
-_ANY, _IPV4 = (struct.pack("=BBH", family, 0, 0) for family in (0, 2))
+_IPV4 = bytes((socket.AF_INET, 0, 0, 0))  # struct nfgenmsg
 # Seconds to wait for others who change the older ip_tables; some hold that lock for good.
 _PATIENCE = "--wait=10"
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
@@ -39,13 +40,13 @@ class Chains:
 
     def look(self) -> tuple[Chain, ...]:
         """Return the chains there are, of both kinds."""
-        legacy = _saved(LEGACY) if _has_legacy_filter() else ()
+        legacy = _saved(LEGACY) if has_legacy_filter() else ()
         return (*self._look_at_nft(), *legacy)
 
     def _look_at_nft(self) -> tuple[Chain, ...]:
         if self._netlink is None:
             self._netlink = Netlink(NETLINK_NETFILTER)
-        generation = self._netlink.get(Message(_GETGEN, 0, _ANY))
+        generation = nft.generation(self._netlink)
         if self._seen is None or generation is None or self._seen[0] != generation:
             questions = [
                 Message(_GETCHAIN, 0, _IPV4 + text(_NFTA_CHAIN_TABLE, "filter") + text(_NFTA_CHAIN_NAME, name))
@@ -55,7 +56,7 @@ class Chains:
         return self._seen[1]
 
 
-def _has_legacy_filter() -> bool:
+def has_legacy_filter() -> bool:
     """Say whether anybody uses the table `filter` of the older ip_tables; raises nothing."""
     try:
         return "filter" in Path("/proc/thread-self/net/ip_tables_names").read_text().split()

@@ -6,10 +6,12 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 
+from vmnet.linux.netlink import Message, Netlink
 from vmnet.linux.places import CLONE_NEWNET, unshare
 from vmnet.model import HostLacks, KernelRefused
 
 TABLE = ("table", "ip", "vmnet")
+_GETGEN = 10 << 8 | 16  # include/uapi/linux/netfilter/nfnetlink.h, nf_tables.h
 
 
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
@@ -49,6 +51,11 @@ def delete() -> None:
     done = _run("delete", *TABLE)
     if done.returncode and "No such file or directory" not in done.stderr:
         raise KernelRefused(f"nft cannot delete our table: {_first_line(done.stderr)}")
+
+
+def generation(netlink: Netlink) -> bytes | None:
+    """Return what each change of any rule raises, or None where there are no rules; `netlink` is to netfilter."""
+    return netlink.get(Message(_GETGEN, 0, bytes(4)))
 
 
 def expected_listing(text: str, cache: Path) -> str:
