@@ -163,23 +163,26 @@ class Watcher:
             self._engine.recorded()
             lead = stack.enter_context(_Lead(self.run))
             self.service.ready()
-            self._wait_to_lead(lead)
-            self._loop()
-            self._signs.stop()
+            if self._wait_to_lead(lead):
+                self._loop()
+                self._signs.stop()
             self.service.log("stopped")
 
     def _close(self) -> None:
         self._hearing.close()
         self._opened.close()
 
-    def _wait_to_lead(self, lead: "_Lead") -> None:
-        """Wait while another watcher is at work, to take over from it."""
+    def _wait_to_lead(self, lead: "_Lead") -> bool:
+        """Wait while another watcher is at work, to take over from it; say whether it came to that."""
         if lead.take():
-            return
+            return True
         self.service.log("standing by", reason="another watcher is at work")
-        while not self.orders.stop and not lead.take():
+        while not self.orders.stop:
+            if lead.take():
+                return True
             self._events.hear(min(self.interval, 1.0))
             self.service.alive()
+        return False
 
     def _loop(self) -> None:
         cause, heard, gap, looked = "start", Heard(lost=True), 0.0, -_QUIET

@@ -281,6 +281,9 @@ def test_two_watchers_do_not_fight_and_one_takes_over(warm: Warm, laptop: Laptop
         laptop.ip("link del vmn-b")
         assert is_healed(warm, laptop)
         assert second.changes() == []
+        with Watching(laptop) as third:
+            third.wait_for("standing by")
+        assert warm.vmnet(laptop, "watch", "--status", "--json").json["pid"] == first.pid
         first.kill()
         second.wait_for("watching")
         laptop.ip("link del vmn-b")
@@ -448,6 +451,13 @@ def test_the_status(warm: Warm, laptop: Laptop) -> None:
 @pytest.mark.parametrize("option", [("--interval", "0"), ("--interval", "-1"), ("--interval", "soon")])
 def test_an_interval_must_make_sense(option: tuple[str, str], warm: Warm, laptop: Laptop) -> None:
     assert warm.vmnet(laptop, "watch", *option, check=False).code == 2
+
+
+def test_only_root_can_watch(laptop: Laptop) -> None:
+    less = ["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin", sys.executable, "-m", "vmnet"]
+    refused = laptop.execute(*less, "watch")
+    assert refused.code == 6
+    assert "CAP_NET_ADMIN" in refused.err
 
 
 def test_records_of_another_host_are_not_watched(warm: Warm, lab: Lab) -> None:
