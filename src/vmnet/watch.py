@@ -192,6 +192,7 @@ class Watcher:
             if self._has_jumped or self.orders.is_to_look():
                 cause, heard, act = "resume" if self._has_jumped else "order", Heard(clock=True), self._now.steady
                 self._has_jumped = False
+                self.service.log("looking anew", cause=cause)
                 self._reopen()
             elif heard.anything and self._now.steady >= act:
                 self._look(cause, heard)

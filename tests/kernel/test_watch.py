@@ -252,7 +252,8 @@ def test_a_resume_is_seen_by_the_clocks(warm: Warm, laptop: Laptop) -> None:
         assert watcher.looks() == start
         (laptop.folder / "ahead").write_text("3600")
         assert is_healed(warm, laptop)
-        watcher.wait_for("cause=resume")
+        watcher.wait_for("looking anew cause=resume")
+        watcher.wait_for("changed cause=resume")
         assert watcher.counts()["opened_total"] == 2
         start = watcher.looks()
         (laptop.folder / "ahead").write_text("3601")  # as a clock is set right
