@@ -124,7 +124,7 @@ def in_read_only_folder(folder: Path) -> Path:
     """As in a container with a read-only root: only the file itself can be written."""
     etc = folder / "etc"
     etc.mkdir(exist_ok=True)
-    mount("-t", "tmpfs", "none", etc)
+    mount("-t", "tmpfs", "-o", "mode=755", "none", etc)
     (etc / "hosts").touch()
     mount("-o", "remount,bind,ro", etc)
     mount("--bind", folder / "hosts", etc / "hosts")
