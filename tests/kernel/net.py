@@ -65,6 +65,9 @@ _UNSHARE = ["unshare", "--net", "--mount", "--pid", "--fork"]
 _ANCHOR = """
 read pid rest </proc/self/stat
 mount -t proc proc /proc && mount -t sysfs sysfs /sys && mount -t tmpfs tmpfs /run &&
+# No sysctl but those of the network is the laptop's own: whatever it runs, the machine keeps the others.
+mount --bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys &&
+mount --bind /proc/sys/net /proc/sys/net && mount -o remount,bind,rw /proc/sys/net &&
 mkdir /run/netns /run/lock /run/etc /run/etc-work &&
 mount -t overlay overlay -o lowerdir=/etc,upperdir=/run/etc,workdir=/run/etc-work /etc &&
 ip link set lo up && echo "$pid" || exit 1
