@@ -23,7 +23,7 @@ class Heard(NamedTuple):
     """Where events say that something has changed: nowhere, unless it says so.
 
     `host` is the host part, `names` are guests, `marks` something that bears our marks without being known, or a
-    namespace that came or went, `addresses` one that the host lost, `names_file` the hosts file. `lost`: events were
+    namespace that came or went, `addresses` those of the host, `names_file` the hosts file. `lost`: events were
     lost, so anything may have changed. `clock`: the wall clock was set, or the machine was asleep. `programs` is who
     did it, as far as the kernel tells.
     """

@@ -90,14 +90,15 @@ class Orders:
 
 @dataclass
 class _Clean:
-    """How the kernel showed itself when a look found nothing to do."""
+    """How the kernel, and the files of vmnet, were when a look found nothing to do."""
 
     host: bytes | None = None
     guests: bytes | None = None
     insides: dict[int, bytes] = field(default_factory=dict)
+    stamp: Stamp | None = None
 
     def forget(self) -> None:
-        self.host, self.guests = None, None
+        self.host, self.guests, self.stamp = None, None, None
         self.insides.clear()
 
 
@@ -310,7 +311,8 @@ class Watcher:
         new_host = glance.host is None or glance.host != self._clean.host
         new_guests = glance.guests != self._clean.guests or bool(changed)
         new_inside = glance.insides != self._clean.insides.get(part)
-        if not (new_host or new_guests or new_inside):
+        new_files = self._stamp != self._clean.stamp
+        if not (new_host or new_guests or new_inside or new_files):
             self._part += 1
             return (), {}
         names = None if new_guests else [one.name for one in inside] if new_inside else []
@@ -320,7 +322,7 @@ class Watcher:
         # What keeps the host part from being made may be anywhere, and a guest's conflict only where the guest is.
         lasting = "" not in problems and all(isinstance(one, Conflict) for one in problems.values())
         if again == glance and lasting and not self._done and not self.truces.held(self._now.steady):
-            self._clean.host, self._clean.guests = glance.host, glance.guests
+            self._clean.host, self._clean.guests, self._clean.stamp = glance.host, glance.guests, self._stamp
             self._clean.insides[part] = glance.insides
         self._part += 1
         return None if names is None else [*names, ""] if new_host else names, problems

@@ -20,7 +20,6 @@ from vmnet.linux import wire
 from vmnet.linux.netlink import (
     NETLINK_NETFILTER,
     NETLINK_ROUTE,
-    RTM_DELADDR,
     RTM_GETLINK,
     RTM_NEWLINK,
     Netlink,
@@ -213,7 +212,7 @@ class Events:
         elif kind in _BY_INDEX:
             index = _INDEX.unpack_from(body)[0]
             self._index(index)
-            if kind == RTM_DELADDR and index != _LO and index not in self._devices and not self._heard.addresses:
+            if kind in _ADDRESSES and index != _LO and index not in self._devices and not self._heard.addresses:
                 self._heard = self._heard._replace(addresses=True)
         elif kind in _ROUTES:
             if body[1] == 0 and not self._heard.host:
