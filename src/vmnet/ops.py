@@ -427,7 +427,8 @@ class ForgetFlows(NamedTuple):
     lost: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        why = f"over {', '.join(self.lost)}" if self.lost else "without our rules"
+        more = f" and {len(self.lost) - 3} more" if len(self.lost) > 3 else ""
+        why = f"over {', '.join(self.lost[:3])}{more}" if self.lost else "without our rules"
         return f"- connections of guests {why}"
 
     def command(self) -> str:

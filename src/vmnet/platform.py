@@ -23,7 +23,7 @@ class Heard(NamedTuple):
     """Where events say that something has changed: nowhere, unless it says so.
 
     `host` is the host part, `names` are guests, `marks` something that bears our marks without being known, or a
-    namespace that came or went, `addresses` those of the host, `names_file` the hosts file. `lost`: events were
+    namespace that came or went, `addresses` those that the host lost, `names_file` the hosts file. `lost`: events were
     lost, so anything may have changed. `clock`: the wall clock was set, or the machine was asleep. `programs` is who
     did it, as far as the kernel tells.
     """
@@ -31,7 +31,7 @@ class Heard(NamedTuple):
     host: bool = False
     names: frozenset[str] = frozenset()
     marks: bool = False
-    addresses: bool = False
+    addresses: frozenset[str] = frozenset()
     names_file: bool = False
     lost: bool = False
     clock: bool = False
@@ -48,7 +48,7 @@ class Heard(NamedTuple):
             self.host or other.host,
             self.names | other.names,
             self.marks or other.marks,
-            self.addresses or other.addresses,
+            self.addresses | other.addresses,
             self.names_file or other.names_file,
             self.lost or other.lost,
             self.clock or other.clock,

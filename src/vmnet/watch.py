@@ -262,7 +262,7 @@ class Watcher:
         try:
             changed, others = self._learn()
             if heard is None or heard.addresses or heard.lost or heard.clock:
-                self._forget_flows()
+                self._forget_flows(heard)
             if self._leases is None:
                 seen = None
             elif heard and not (heard.lost or heard.clock):
@@ -298,12 +298,15 @@ class Watcher:
         changed = {name for name in known.keys() | now.keys() if known.get(name) != now.get(name)}
         return changed, before is not None and stamp._replace(hosts=()) != before._replace(hosts=())
 
-    def _forget_flows(self) -> None:
-        """Have connections forgotten that go on over an address which the host has lost since the last time."""
-        before, self._addresses = self._addresses, self._engine.platform.addresses()
-        lost = before - self._addresses
-        if lost:
-            self._engine.forget_flows(lost)
+    def _forget_flows(self, heard: Heard | None) -> None:
+        """Have connections forgotten that go on over an address which the host has lost."""
+        now = self._engine.platform.addresses()
+        lost = heard.addresses if heard else frozenset()
+        if heard is None or heard.lost or heard.clock:
+            lost |= self._addresses  # those of the last time that everything was looked at
+            self._addresses = now
+        if lost - now:
+            self._engine.forget_flows(lost - now)
 
     def _look_all(self, changed: Collection[str]) -> tuple[Collection[str] | None, dict[str, VmnetError]]:
         """Look everywhere; return whom it was about (None: all), and what stays wrong."""

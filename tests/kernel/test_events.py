@@ -47,8 +47,7 @@ def test_whatever_is_told_is_read(events: Events, kind: int, body: bytes, netns:
 def test_nothing_is_heard_where_nothing_happens(events: Events, laptop: Laptop) -> None:
     assert events.hear(0.1) == Heard()
     laptop.ip("link add other type veth peer name end", "link set other up", "addr add 10.5.0.1/24 dev other")
-    heard = events.hear(0.2)
-    assert heard == Heard(addresses=True, programs=heard.programs)
+    assert not events.hear(0.2).anything
 
 
 def test_what_happens_is_heard(events: Events, laptop: Laptop) -> None:
@@ -57,7 +56,7 @@ def test_what_happens_is_heard(events: Events, laptop: Laptop) -> None:
     laptop.ip("addr add 10.5.0.1/24 dev wlan0")
     events.hear(0.2)
     laptop.ip("addr del 10.5.0.1/24 dev wlan0")
-    assert events.hear(5).addresses
+    assert events.hear(5).addresses == {"10.5.0.1"}
     laptop.run("nft", "add", "table", "ip", "other")
     heard = events.hear(5)
     assert heard.host

@@ -20,6 +20,7 @@ from vmnet.linux import wire
 from vmnet.linux.netlink import (
     NETLINK_NETFILTER,
     NETLINK_ROUTE,
+    RTM_DELADDR,
     RTM_GETLINK,
     RTM_NEWLINK,
     Netlink,
@@ -38,6 +39,7 @@ _SOL_NETLINK, _ADD_MEMBERSHIP, _LISTEN_ALL_NSID = 270, 1, 8
 _SO_RCVBUFFORCE = 33
 _BUFFER = 4 << 20
 _RECEIVE_SIZE = 64 * 1024
+_MOST_ADDRESSES = 100
 _CHUNKS = 256  # read at once: then whoever waits may act, whatever goes on
 _HEADER = struct.Struct("=IHHII")
 _INDEX = struct.Struct("=4xI")
@@ -212,8 +214,8 @@ class Events:
         elif kind in _BY_INDEX:
             index = _INDEX.unpack_from(body)[0]
             self._index(index)
-            if kind in _ADDRESSES and index != _LO and index not in self._devices and not self._heard.addresses:
-                self._heard = self._heard._replace(addresses=True)
+            if kind == RTM_DELADDR and index != _LO and index not in self._devices:
+                self._lose(wire.parse_local(body))
         elif kind in _ROUTES:
             if body[1] == 0 and not self._heard.host:
                 self._heard = self._heard._replace(host=True)  # a default route: a bridge may lead out now, or no more
@@ -233,6 +235,14 @@ class Events:
             self._heard = self._heard._replace(marks=True)
         elif wire.BRIDGE in body:
             self._heard = self._heard._replace(host=True)
+
+    def _lose(self, address: str) -> None:
+        """Remember an address that went; of very many, that anything may have changed."""
+        known = self._heard.addresses
+        if len(known) < _MOST_ADDRESSES:
+            self._heard = self._heard._replace(addresses=known | {address})
+        elif not self._heard.lost:
+            self._heard = self._heard._replace(lost=True)
 
     def _index(self, index: int) -> None:
         if index == _LO:

@@ -208,7 +208,7 @@ def parse_address(body: bytes) -> tuple[int, LoAddress]:
 def parse_local(body: bytes) -> str:
     """Return the address alone that an RTM_NEWADDR describes."""
     attrs = parse_attrs(body, 8)
-    return socket.inet_ntoa(attrs.get(_IFA_LOCAL) or attrs[_IFA_ADDRESS])
+    return socket.inet_ntoa((attrs.get(_IFA_LOCAL) or attrs.get(_IFA_ADDRESS, b"")).rjust(4, b"\0")[:4])
 
 
 def lo_address(one: LoAddress) -> bytes:
