@@ -173,8 +173,9 @@ PARTS = (
         "networkmanager",
         found=_has("NetworkManager"),
         files=(File("/etc/NetworkManager/conf.d/zz-vmnet.conf", "networkmanager/vmnet.conf"),),
+        # Not told when the file has gone: NetworkManager 1.42 that takes lo back while it runs puts 127.0.0.1/8 there,
+        # and one that starts takes it as it is.
         installed=(_RELOAD_NETWORKMANAGER,),
-        gone=(_RELOAD_NETWORKMANAGER,),
     ),
     Part(
         "networkd",
