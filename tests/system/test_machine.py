@@ -46,7 +46,7 @@ _TRACES = {
     "files": "find /etc /usr/lib/systemd /usr/local /run/systemd/system -not -type d "
     "-not -path '/etc/resolv.conf' 2>/dev/null | sort | xargs stat -c '%A %u %g %N'",
     "contents": "find /etc -type f -not -path /etc/resolv.conf | sort | xargs md5sum",
-    "units": "systemctl list-unit-files --no-legend --plain | grep -v transient",
+    "units": "systemctl list-unit-files --no-legend --plain | awk '$2 != \"transient\" {print $1, $2}'",
 }
 
 # What befalls a laptop, and how to see that it is put right.
