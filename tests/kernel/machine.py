@@ -173,7 +173,7 @@ class Service:
             data = connection.recv(1 << 16)
             if data:
                 self._note(peer, data)
-                connection.setblocking(True)
+                connection.settimeout(TIMEOUT)
                 connection.sendall(_http(peer) if data.startswith(b"GET ") else data)
                 connection.setblocking(False)
             if data and not data.startswith(b"GET "):
@@ -310,10 +310,13 @@ class Machine:
             if source:
                 client.bind((source, 0))
             client.connect((address, port))
-            client.sendall(payload)
             answer = b""
-            while len(answer) < len(payload) and (more := client.recv(1 << 16)):
-                answer += more
+            # In turns: where buffers are small, two ends that only send wait for each other.
+            for start in range(0, len(payload), 1 << 16):
+                turn = payload[start : start + (1 << 16)]
+                client.sendall(turn)
+                while len(answer) < start + len(turn) and (more := client.recv(1 << 16)):
+                    answer += more
             return answer
 
     def http(self, address: str, port: int = ECHO_PORT) -> str:

@@ -319,6 +319,9 @@ class Lab:
         try:
             self.loop = Loop()
             self.at_exit(self.loop.close)
+            # A thread of their own: a server that waits for room to send waits for frames to be carried.
+            self._wires = Loop()
+            self.at_exit(self._wires.close)
             self.laptop = Laptop(self, folder)
             self.internet = self.machine("internet", "198.51.100.2")
             self.internet.ip("addr add 198.51.100.2/24 dev lo")
@@ -404,8 +407,8 @@ class Lab:
 
     def wire_up(self, one: int, other: int) -> None:
         """Carry what comes out of either descriptor (of a tap or tun) into the other."""
-        self.loop.watch(one, lambda: _carry(one, other))
-        self.loop.watch(other, lambda: _carry(other, one))
+        self._wires.watch(one, lambda: _carry(one, other))
+        self._wires.watch(other, lambda: _carry(other, one))
 
 
 def _carry(source: int, sink: int) -> None:
