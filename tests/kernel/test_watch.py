@@ -231,7 +231,7 @@ def test_a_storm_of_events_costs_a_few_looks_and_no_memory(warm: Warm, laptop: L
         laptop.ip(
             "link add busy type veth peer name busy2",
             *(f"addr {verb} 10.9.{number >> 8}.{number & 255}/32 dev {device}"
-              for number in range(1250) for device in ("busy", "vmn-a") for verb in ("add", "del")),
+              for number in range(1250) for device in ("busy", "busy2") for verb in ("add", "del")),
             *(f"link set vmn-c txqueuelen {1000 + number % 2}" for number in range(5000)),
         )  # fmt: skip
         seconds = time.monotonic() - began
