@@ -125,9 +125,9 @@ def test_what_is_to_be_down_stays_down(warm: Warm, laptop: Laptop) -> None:
         assert wait_until(lambda: watcher.looks() > start + 5, 60)
         assert not [device for device in laptop.links() if device.startswith("vmn-")]
         assert "127.0.0.1/8" in laptop.run("ip", "addr", "show", "lo")
-        warm.vmnet(laptop, "up")
         # Beside the commands it may have been the one to write the names.
         assert [line for line in watcher.changes() if "~ names of" not in line] == []
+        warm.vmnet(laptop, "up")
     assert is_healed(warm, laptop)
 
 
