@@ -38,7 +38,7 @@ class Guests:
             views = self.platform.observe_guests(chunk)
             for lease in chunk:
                 try:
-                    ops += plan_guest(self.desire(lease), views[lease.name])
+                    ops += self._plan(lease, views[lease.name])
                 except Conflict as error:
                     problems[lease.name] = error
             self.platform.close_places()

@@ -97,10 +97,6 @@ class _Clean:
     insides: dict[int, bytes] = field(default_factory=dict)
     stamp: Stamp | None = None
 
-    def forget(self) -> None:
-        self.host, self.guests, self.stamp = None, None, None
-        self.insides.clear()
-
 
 @dataclass
 class Watcher:
@@ -232,7 +228,7 @@ class Watcher:
 
     def _reopen(self) -> None:
         """Open anew whatever reaches the kernel, with the settings of now; with the former where these are wrong."""
-        self._clean.forget()
+        self._clean = _Clean()
         self._stamp = None
         with ExitStack() as fresh:
             try:
@@ -275,7 +271,7 @@ class Watcher:
                     cause = "records"
         except (VmnetError, OSError) as error:
             problems = {"": error if isinstance(error, VmnetError) else VmnetError(error.strerror or str(error))}
-            self._clean.forget()
+            self._clean = _Clean()
             self._stamp = None
         self._tell(cause, heard.programs if heard else ())
         self._complain(seen, problems)
@@ -320,11 +316,11 @@ class Watcher:
             return (), {}
         names = None if new_guests else [one.name for one in inside] if new_inside else []
         problems = self._engine.keep(names, host=new_host, orphans=new_guests)
-        # Some other state may have been there in between: what is taken for clean was so before and after.
-        again, _, _ = self._glance()
         # What keeps the host part from being made may be anywhere, and a guest's conflict only where the guest is.
         lasting = "" not in problems and all(isinstance(one, Conflict) for one in problems.values())
-        if again == glance and lasting and not self._done and not self.truces.held(self._now.steady):
+        settled = lasting and not self._done and not self.truces.held(self._now.steady)
+        # Some other state may have been there in between: what is taken for clean was so before and after.
+        if settled and self._glance()[0] == glance:
             self._clean.host, self._clean.guests, self._clean.stamp = glance.host, glance.guests, self._stamp
             self._clean.insides[part] = glance.insides
         self._part += 1
@@ -376,7 +372,7 @@ class Watcher:
             truce = self.truces.note(op, self._now.steady)
             if truce:
                 self._signs.count("fights_total")
-                self._clean.forget()
+                self._clean = _Clean()
                 self.service.log(
                     "left alone", level="warning", op=op, **by, seconds=f"{truce:.0f}",
                     reason=f"it was undone more than {LIMIT} times in a minute",

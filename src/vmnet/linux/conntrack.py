@@ -14,8 +14,8 @@ _ORIGINAL, _REPLY, _ZONE, _ID = 1, 2, 18, 12
 _IP, _SOURCE, _DESTINATION = 1, 1, 2
 
 
-def forget(is_to_go: Callable[[Flow], bool]) -> int:
-    """Forget those connections that are to go, and return how many; none where the kernel does not tell of them."""
+def forget(is_to_go: Callable[[Flow], bool]) -> None:
+    """Forget those connections that are to go; none where the kernel does not tell of them."""
     netlink = Netlink(NETLINK_NETFILTER)
     try:
         gone = []
@@ -25,7 +25,6 @@ def forget(is_to_go: Callable[[Flow], bool]) -> int:
                 if is_to_go(_flow(attrs)):
                     gone.append(Message(_DELETE, 0, _IPV4 + _key(attrs)))
         netlink.send(gone)  # one that is refused has gone by itself
-        return len(gone)
     finally:
         netlink.close()
 

@@ -26,7 +26,7 @@ from vmnet.linux.netlink import (
     Netlink,
     parse_attrs,
 )
-from vmnet.linux.places import NAMED
+from vmnet.linux.places import NAMED, call
 from vmnet.model import KernelRefused, Lease
 from vmnet.ops import ROUTE_PROTOCOL
 from vmnet.plan import ALIAS_PREFIX
@@ -57,8 +57,6 @@ _INOTIFY_MASK = 0x0002 | 0x0008 | 0x0040 | 0x0080 | 0x0100 | 0x0200
 _INOTIFY_EVENT = struct.Struct("=iIII")
 _TIMER_ABSTIME, _TIMER_CANCEL_ON_SET = 1, 2  # include/linux/timerfd.h
 _FAR = 1 << 40  # seconds
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Events:
@@ -98,12 +96,11 @@ class Events:
         self._add(route.fileno(), lambda: self._drain(route, self._read_route), route.close)
         rules = self._listen(NETLINK_NETFILTER, _NFTABLES_GROUPS)
         self._add(rules.fileno(), lambda: self._drain(rules, self._read_rules), rules.close)
-        files = _checked(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
+        files = call("inotify_init1", os.O_NONBLOCK | os.O_CLOEXEC)
         self._add(files, lambda: self._read_files(files), lambda: os.close(files))
         for folder in (self._file.parent, NAMED) if self._file else (NAMED,):
-            number = _libc.inotify_add_watch(files, bytes(folder), _INOTIFY_MASK)
-            if number >= 0:  # a folder that is not there is looked at without any event
-                self._watches[number] = folder
+            with suppress(OSError):  # a folder that is not there is looked at without any event
+                self._watches[call("inotify_add_watch", files, bytes(folder), _INOTIFY_MASK)] = folder
         timer = _set_timer()
         self._add(timer, lambda: self._read_timer(timer), lambda: os.close(timer))
 
@@ -300,20 +297,13 @@ class Events:
         _arm(handle)
 
 
-def _checked(result: int) -> int:
-    if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return result
-
-
 def _set_timer() -> int:
     """Return a timer that fires when the wall clock jumps, which it does at a resume."""
-    handle = _checked(_libc.timerfd_create(0, os.O_NONBLOCK | os.O_CLOEXEC))  # CLOCK_REALTIME
+    handle = call("timerfd_create", 0, os.O_NONBLOCK | os.O_CLOEXEC)  # CLOCK_REALTIME
     _arm(handle)
     return handle
 
 
 def _arm(handle: int) -> None:
     value = (ctypes.c_long * 4)(0, 0, _FAR, 0)  # struct itimerspec: no interval; when
-    _checked(_libc.timerfd_settime(handle, _TIMER_ABSTIME | _TIMER_CANCEL_ON_SET, ctypes.byref(value), None))
+    call("timerfd_settime", handle, _TIMER_ABSTIME | _TIMER_CANCEL_ON_SET, ctypes.byref(value), None)

@@ -21,7 +21,7 @@ from vmnet.linux.netlink import (
     Message,
     Netlink,
 )
-from vmnet.linux.observe import leads_out, sysctl
+from vmnet.linux.observe import host_routes, leads_out, sysctl
 from vmnet.linux.places import NAMED, Places
 from vmnet.model import Lease
 from vmnet.ops import ROUTE_PROTOCOL
@@ -94,13 +94,8 @@ def _add_tables(netlink: Netlink, ours: Collection[int], host: _Digest, guests: 
 
 
 def _finish_host(places: Places, digest: _Digest) -> bytes | None:
-    netlink = places.host
-    for query in (
-        wire.route_query(ROUTE_PROTOCOL, index=_LO),
-        wire.route_query(ROUTE_PROTOCOL, kind=wire.RTN_UNREACHABLE),
-    ):
-        for body in netlink.dump(RTM_GETROUTE, query):
-            digest.update(body)
+    for body in host_routes(places.host):
+        digest.update(body)
     digest.update(b"%d" % sysctl("net.ipv4.ip_forward"))
     netfilter = Netlink(NETLINK_NETFILTER)
     try:

@@ -2,7 +2,7 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -193,23 +193,21 @@ def observe_inside(netlink: Netlink) -> Inside:
     )
 
 
+def host_routes(netlink: Netlink) -> Iterator[bytes]:
+    """Yield the routes of the host part, as the kernel spells them."""
+    # Two narrow dumps: the routes of guests, which may be thousands, are of neither kind.
+    yield from netlink.dump(RTM_GETROUTE, wire.route_query(ROUTE_PROTOCOL, index=_LO))
+    yield from netlink.dump(RTM_GETROUTE, wire.route_query(ROUTE_PROTOCOL, kind=wire.RTN_UNREACHABLE))
+
+
 def observe_host(netlink: Netlink, listing: str | None, chains: tuple[Chain, ...] = ()) -> HostView:
     """Return the host part; `listing` is our table as nft lists it, `chains` those that other firewalls offer."""
     lo = link_by_name(netlink, "lo")
     addresses = [wire.parse_address(body)[1] for body in netlink.dump(RTM_GETADDR, wire.address_query(_LO))]
-    routes = set()
-    # Two narrow dumps: the routes of guests, which may be thousands, are of neither kind.
-    queries = (
-        wire.route_query(ROUTE_PROTOCOL, index=_LO),
-        wire.route_query(ROUTE_PROTOCOL, kind=wire.RTN_UNREACHABLE),
-    )
-    for query in queries:
-        for body in netlink.dump(RTM_GETROUTE, query):
-            routes.add(wire.parse_route(body, {_LO: "lo"})[2])
     return HostView(
         lo=tuple(addresses),
         lo_up=bool(lo and lo.up),
-        routes=frozenset(routes),
+        routes=frozenset(wire.parse_route(body, {_LO: "lo"})[2] for body in host_routes(netlink)),
         listing=listing,
         ip_forward=sysctl("net.ipv4.ip_forward"),
         chains=chains,

@@ -32,31 +32,34 @@ T = TypeVar("T")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _call(name: str, *arguments: object) -> None:
-    if getattr(_libc, name)(*arguments) != 0:
+def call(name: str, *arguments: object) -> int:
+    """Call a function of the C library that says -1 when it fails; return what it says, or raise OSError."""
+    result: int = getattr(_libc, name)(*arguments)
+    if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
+    return result
 
 
 def setns(fd: int, kind: int) -> None:
     """Enter the namespace behind `fd` (setns(2)); raises OSError."""
-    _call("setns", fd, kind)
+    call("setns", fd, kind)
 
 
 def unshare(kinds: int) -> None:
     """Leave the namespaces of these kinds for new ones (unshare(2)); raises OSError."""
-    _call("unshare", kinds)
+    call("unshare", kinds)
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
     """Mount (mount(2)); raises OSError."""
     encoded = [value.encode() if value is not None else None for value in (source, target, kind, data)]
-    _call("mount", encoded[0], encoded[1], encoded[2], ctypes.c_ulong(flags), encoded[3])
+    call("mount", encoded[0], encoded[1], encoded[2], ctypes.c_ulong(flags), encoded[3])
 
 
 def umount(target: str) -> None:
     """Detach what is mounted at `target` (umount2(2), MNT_DETACH); raises OSError."""
-    _call("umount2", target.encode(), _MNT_DETACH)
+    call("umount2", target.encode(), _MNT_DETACH)
 
 
 @cache
