@@ -34,13 +34,15 @@ ALLOWED: dict[str, set[str]] = {
         "found", "guests", "hostpart", "locks", "model", "names", "ops", "plan", "platform", "settings", "specs",
         "store",
     },
+    "cloudinit": {"model", "plan", "settings"},
+    "seed": {"model"},
     "signs": {""},
     "truces": set(),
     "watch": {"", "engine", "model", "ops", "platform", "signs", "truces"},
     "hooks": {"", "hooks", "model", "settings"},
     "cli": {
-        "", "cli", "engine", "hooks", "linux", "model", "ops", "plan", "platform", "settings", "signs", "specs",
-        "watch",
+        "", "cli", "cloudinit", "engine", "hooks", "linux", "model", "ops", "plan", "platform", "seed", "settings",
+        "signs", "specs", "watch",
     },
     "__main__": {"cli"},
 }  # fmt: skip

@@ -159,9 +159,23 @@ def list_(json_: Json = False) -> None:
 
 
 @app.command()
-def show(name: Name, json_: Json = False) -> None:
+def show(
+    name: Name,
+    cloud_init: Annotated[bool, typer.Option("--cloud-init", help="Print what cloud-init in the VM needs.")] = False,
+    seed: Annotated[Path | None, typer.Option(metavar="FILE", help="Make a seed image of that for cloud-init.")] = None,
+    user_data: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The user-data for cloud-init, in place of vmnet's.")
+    ] = None,
+    json_: Json = False,
+) -> None:
     """Show one guest, with all that its programs may want to know."""
     with _engine() as engine:
+        if cloud_init or seed or user_data:
+            from vmnet.cli.seed import show_cloud_init
+
+            lease = engine.lease(check_name(name))
+            show_cloud_init(lease, engine.settings, seed=seed, user_data=user_data, caller=engine.caller, as_json=json_)
+            return
         guest = as_json(engine.look([check_name(name)])[0], engine.settings)
         if json_:
             say(json.dumps(guest))
