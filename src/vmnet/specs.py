@@ -16,7 +16,10 @@ _DEFAULT_MODES: dict[Kind, Mode] = {"tap": "mapped", "veth": "native", "tun": "n
 
 @dataclass(frozen=True, slots=True)
 class GuestSpec:
-    """What the caller asks a guest to be; None leaves a property to its default, or as it is."""
+    """What the caller asks a guest to be; None leaves a property to its default, or as it is.
+
+    `new`: there must be no guest of that name yet.
+    """
 
     name: str
     kind: Kind | None = None
@@ -27,6 +30,7 @@ class GuestSpec:
     mtu: int | None = None
     owner: int | None = None
     queues: int | None = None
+    new: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,8 @@ class Asking:
 
     def compare(self, spec: GuestSpec, lease: Lease) -> Netns | None:
         """Raise Conflict where `spec` asks for something else than the lease has; return a namespace made anew."""
+        if spec.new:
+            raise Conflict(f"{lease.name} exists already", hint="take another name")
         path = None if spec.netns is None else self._netns_path(spec.netns)
         asked: dict[str, tuple[object, object]] = {
             "kind": (spec.kind, lease.kind),

@@ -6,6 +6,7 @@ import pwd
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from enum import StrEnum
 from io import TextIOWrapper
 from pathlib import Path
@@ -16,7 +17,9 @@ from netaddr import AddrFormatError, IPAddress
 from typer.exceptions import TyperException
 
 from vmnet import __version__
+from vmnet.cli import run as runs
 from vmnet.cli.hooks import hooks
+from vmnet.cli.run import cannot_run
 from vmnet.cli.show import Reporter, as_json, print_guests, print_ops, say
 from vmnet.engine import Engine, Seen
 from vmnet.linux.platform import LinuxPlatform
@@ -41,6 +44,14 @@ Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show each step a
 Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="Names of guests.")]
 SomeNames = Annotated[list[str] | None, typer.Argument(metavar="[NAME...]", help="Names of guests.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The name of a guest.")]
+Command = Annotated[list[str], typer.Argument(metavar="-- CMD...", help="The command and its arguments.")]
+Native = Annotated[bool, typer.Option("--native", help="The guest itself has its 127 address.")]
+Mapped = Annotated[bool, typer.Option("--mapped", help="The guest has the shadow, and needs no change.")]
+Address = Annotated[str | None, typer.Option(metavar="A", help="Its address: the third of a /30 of the pool.")]
+Mac = Annotated[str | None, typer.Option(metavar="M", help="The guest's MAC.")]
+Mtu = Annotated[int | None, typer.Option(metavar="N", help="The MTU of its devices, 576 to 65535.")]
+Owner = Annotated[str | None, typer.Option(metavar="USER", help="Who may open the tap: a name or a uid.")]
+Queues = Annotated[int | None, typer.Option(metavar="N", help="Queues of a tap, 1 to 256.")]
 
 FOUND = 10
 _INTERRUPTED = 130  # 128 and the number of SIGINT, as shells tell it
@@ -87,40 +98,33 @@ def create(
     netns: Annotated[
         str | None, typer.Option(metavar="NS", help="Put a veth into this network namespace: a name or a path.")
     ] = None,
-    native: Annotated[bool, typer.Option("--native", help="The guest itself has its 127 address.")] = False,
-    mapped: Annotated[bool, typer.Option("--mapped", help="The guest has the shadow, and needs no change.")] = False,
-    address: Annotated[
-        str | None, typer.Option(metavar="A", help="Its address: the third of a /30 of the pool.")
-    ] = None,
-    mac: Annotated[str | None, typer.Option(metavar="M", help="The guest's MAC.")] = None,
-    mtu: Annotated[int | None, typer.Option(metavar="N", help="The MTU of its devices, 576 to 65535.")] = None,
-    owner: Annotated[str | None, typer.Option(metavar="USER", help="Who may open the tap: a name or a uid.")] = None,
-    queues: Annotated[int | None, typer.Option(metavar="N", help="Queues of a tap, 1 to 256.")] = None,
+    native: Native = False,
+    mapped: Mapped = False,
+    address: Address = None,
+    mac: Mac = None,
+    mtu: Mtu = None,
+    owner: Owner = None,
+    queues: Queues = None,
     json_: Json = False,
     dry_run: DryRun = False,
     verbose: Verbose = False,
 ) -> None:
     """Give each NAME an address, its devices and its way out; carve the host if need be."""
-    if native and mapped:
-        raise UsageError("--native and --mapped exclude each other", hint="leave one of them out")
-    mode: Mode | None = "native" if native else "mapped" if mapped else None
     for option, value in (("--address", address), ("--mac", mac), ("--netns", netns)):
         if value is not None and len(names) > 1:
             raise UsageError(f"{option} is for one guest, not for {len(names)}", hint="call create once for each")
-    specs = [
-        GuestSpec(
-            name=check_name(name),
-            kind=kind.value if kind else "veth" if netns is not None else None,
-            mode=mode,
-            netns=netns,
-            address=_address(address),
-            mac=_mac(mac),
-            mtu=_between("--mtu", mtu, 576, 65535),
-            owner=_owner(owner),
-            queues=_between("--queues", queues, 1, 256),
-        )
-        for name in names
-    ]
+    spec = GuestSpec(
+        name="",
+        kind=kind.value if kind else "veth" if netns is not None else None,
+        mode=_mode(native=native, mapped=mapped),
+        netns=netns,
+        address=_address(address),
+        mac=_mac(mac),
+        mtu=_between("--mtu", mtu, 576, 65535),
+        owner=_owner(owner),
+        queues=_between("--queues", queues, 1, 256),
+    )
+    specs = [replace(spec, name=check_name(name)) for name in names]
     with _engine(verbose=verbose) as engine:
         if dry_run:
             _say_plan(engine.create(specs, dry_run=True)[1], json_=json_, verbose=verbose)
@@ -209,6 +213,8 @@ def down(names: SomeNames = None, json_: Json = False, dry_run: DryRun = False, 
 def _converge(verb: str, names: Sequence[str] | None, *, json_: bool, dry_run: bool, verbose: bool) -> None:
     checked = [check_name(name) for name in names] if names else None
     with _engine(verbose=verbose) as engine:
+        if verb == "up" and not dry_run:
+            runs.end_dead_runs(engine)
         do = engine.up if verb == "up" else engine.down
         ops = do(checked, dry_run=dry_run)
         if dry_run:
@@ -272,6 +278,7 @@ def watch(
         raise typer.Exit(program.show_status(paths.run, as_json=json_))
     if once:
         with _engine(verbose=verbose) as engine:
+            runs.end_dead_runs(engine)
             engine.keep_or_raise()
         return
     file = Path(metrics) if metrics else None
@@ -279,10 +286,7 @@ def watch(
 
 
 @app.command("exec", context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
-def exec_(
-    name: Name,
-    command: Annotated[list[str], typer.Argument(metavar="-- CMD...", help="The command and its arguments.")],
-) -> None:
+def exec_(name: Name, command: Command) -> None:
     """Run CMD in a guest's network namespace, as ip netns exec does; its exit code is CMD's."""
     argv = command[1:] if command[0] == "--" else command
     if not argv:
@@ -291,9 +295,40 @@ def exec_(
         try:
             engine.execute(check_name(name), argv)
         except OSError as error:
-            refused = KernelRefused(f"{argv[0]} cannot be run: {error.strerror}")
-            refused.exit_code = 127 if isinstance(error, FileNotFoundError) else 126  # as shells and env(1) have it
-            raise refused from None
+            raise cannot_run(argv[0], error) from None
+
+
+@app.command()
+def run(
+    name: Name,
+    command: Command,
+    kind: Annotated[KindOption, typer.Option(help="What the guest is.")] = KindOption.veth,
+    native: Native = False,
+    mapped: Mapped = False,
+    address: Address = None,
+    mac: Mac = None,
+    mtu: Mtu = None,
+    owner: Owner = None,
+    queues: Queues = None,
+    dry_run: DryRun = False,
+    verbose: Verbose = False,
+) -> None:
+    """Create a guest, run CMD inside it (a tap's or a tun's outside), delete it; the exit code is CMD's."""
+    spec = GuestSpec(
+        name=check_name(name),
+        kind=kind.value,
+        mode=_mode(native=native, mapped=mapped),
+        address=_address(address),
+        mac=_mac(mac),
+        mtu=_between("--mtu", mtu, 576, 65535),
+        owner=_owner(owner),
+        queues=_between("--queues", queues, 1, 256),
+        new=True,
+    )
+    with _engine(verbose=verbose) as engine:
+        if dry_run:
+            _say_plan(engine.create([spec], dry_run=True)[1], json_=False, verbose=verbose)
+        sys.exit(runs.run(_open_engine, engine, spec, command))
 
 
 app.command()(hooks)
@@ -310,6 +345,12 @@ def _say_guests(engine: Engine, guests: Sequence[Seen], *, json_: bool, created:
         say(json.dumps([as_json(one, engine.settings) for one in guests]))
     else:
         print_guests(guests, engine.settings, created=created)
+
+
+def _mode(*, native: bool, mapped: bool) -> Mode | None:
+    if native and mapped:
+        raise UsageError("--native and --mapped exclude each other", hint="leave one of them out")
+    return "native" if native else "mapped" if mapped else None
 
 
 def _address(text: str | None) -> IPAddress | None:
