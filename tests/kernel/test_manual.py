@@ -15,6 +15,7 @@ SESSIONS = [
     ("README.md", 2),
     ("docs/how-to/native-mode.md", 0),
     ("docs/how-to/native-mode.md", 1),
+    ("docs/how-to/secure-context.md", 0),
 ]
 
 
