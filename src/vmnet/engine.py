@@ -32,8 +32,8 @@ from vmnet.model import (
 )
 from vmnet.names import Names
 from vmnet.ops import ForgetFlows, Op
-from vmnet.plan import GuestView, plan_guest
-from vmnet.platform import Platform, Report
+from vmnet.plan import GuestView, dotted, plan_guest, shadow_of
+from vmnet.platform import Platform, Report, Resolver
 from vmnet.settings import Paths, Settings
 from vmnet.specs import Asking, GuestSpec
 from vmnet.store import RecordsUnreadable, Store
@@ -383,7 +383,10 @@ class Engine:
             )
         if lease.netns.identity is None or self._asking.identify(lease.netns.path) != lease.netns.identity:
             raise Conflict(f"{name} is down", hint=f"vmnet up {name}")
-        self.platform.execute(lease.netns.path, lease.netns.identity, argv)
+        gateway = lease.block.first + 1
+        address = shadow_of(gateway, self.settings.plane) if lease.mode == "mapped" else gateway
+        resolver = Resolver(dotted(address), self.settings.domain, lease.mode)
+        self.platform.execute(lease.netns.path, lease.netns.identity, argv, resolver)
 
     # The host part
 

@@ -6,7 +6,7 @@ from typing import NamedTuple, NoReturn, Protocol
 
 from netaddr import IPNetwork
 
-from vmnet.model import Lease, NetnsId, VmnetError
+from vmnet.model import Lease, Mode, NetnsId, VmnetError
 from vmnet.ops import Op, WriteNames
 from vmnet.plan import Found, GuestView, HostView, Use
 
@@ -56,6 +56,14 @@ class Heard(NamedTuple):
         )
 
 
+class Resolver(NamedTuple):
+    """Whom a guest's programs ask for names, where they are to look for short ones, and how they spell addresses."""
+
+    address: str
+    domain: str
+    mode: Mode
+
+
 class EventSource(Protocol):
     """Somebody who tells of changes; see vmnet.linux.events."""
 
@@ -100,7 +108,7 @@ class Platform(Protocol):
     ) -> Sequence[Refusal]: ...
     def listen(self, file: Path | None, wakeup: int) -> EventSource: ...
     def close_places(self) -> None: ...
-    def execute(self, path: str, expected: NetnsId | None, argv: Sequence[str]) -> NoReturn: ...
+    def execute(self, path: str, expected: NetnsId | None, argv: Sequence[str], resolver: Resolver) -> NoReturn: ...
 
 
 class Report(Protocol):

@@ -15,7 +15,7 @@ from vmnet.linux.places import NAMED, Places, boot_id, identify, owned_from_here
 from vmnet.model import Lease, NetnsId, NotPermitted
 from vmnet.ops import DelLink, DelNetns, Op, WriteNames
 from vmnet.plan import HOST, Found, GuestView, HostView, Use, plan_left
-from vmnet.platform import EventSource, Glance
+from vmnet.platform import EventSource, Glance, Resolver
 
 _CAP_NET_ADMIN, _CAP_SYS_ADMIN = 12, 21
 
@@ -128,9 +128,9 @@ class LinuxPlatform:
         """Close what is open of guests' namespaces."""
         self._places.close_guests()
 
-    def execute(self, path: str, expected: NetnsId | None, argv: Sequence[str]) -> NoReturn:
-        """Become `argv` inside the namespace at `path`."""
-        enter.execute(path, expected, argv)
+    def execute(self, path: str, expected: NetnsId | None, argv: Sequence[str], resolver: Resolver) -> NoReturn:
+        """Become `argv` inside the namespace at `path`; see enter.execute."""
+        enter.execute(path, expected, argv, resolver)
 
 
 def _has_capabilities() -> bool:
