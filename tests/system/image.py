@@ -5,6 +5,7 @@ machine downloads, and the service that takes the tests' orders (`orders.py`). T
 """
 
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ CHECKOUT = Path(__file__).parents[2]
 PORT = "orders"
 """The name of the serial port that orders come by."""
 
-_PACKAGES = (
+_MACHINE = (
     # What makes it a machine. The kernel for clouds is Debian's own without the drivers of hardware.
     "dbus",
     "initramfs-tools",
@@ -29,28 +30,10 @@ _PACKAGES = (
     "systemd",
     "systemd-sysv",
     "udev",
-    # What bin/setup asks for.
-    "acl",
-    "attr",
-    "ca-certificates",
-    "curl",
-    "debootstrap",
-    "dnsmasq-base",
-    "git",
-    "iproute2",
-    "iptables",
-    "iputils-ping",
-    "kmod",
-    "nftables",
-    "procps",
-    "python3",
-    "python3-venv",
-    "qemu-system-x86",
+    # For the tests' own programs.
     "socat",
-    "strace",
-    "tcpdump",
-    "traceroute",
 )
+_TABLES = re.compile("^    cat <<'END'\n(.*?)^END$", re.MULTILINE | re.DOTALL)
 _SERVICE = f"""\
 [Unit]
 Description=Orders of the tests
@@ -108,7 +91,7 @@ def machine_image() -> Image:
             pytest.skip(f"needs {program}, to boot a machine")
     if platform.machine() != "x86_64":
         pytest.skip("the machine to boot is an x86_64, and this is none")
-    root = debian_root("machine", _PACKAGES, _BEFORE)
+    root = debian_root("machine", [*_MACHINE, *_asked_for()], _BEFORE)
     setup = {
         name: (CHECKOUT / name).read_text() for name in ("bin/setup", "requirements.lock", "requirements-test.lock")
     }
@@ -116,6 +99,12 @@ def machine_image() -> Image:
         if work is not None:
             _fill(root, work, setup)
     return Image(place / "disk.img", place / "vmlinuz", place / "initrd.img")
+
+
+def _asked_for() -> list[str]:
+    """Return the Debian packages that bin/setup wants for the tests: it has no network where it fills the disk."""
+    rows = "".join(_TABLES.findall((CHECKOUT / "bin/setup").read_text())).splitlines()
+    return [package for row in rows for package in row.split()[1].split(",")]
 
 
 def _fill(root: Path, work: Path, setup: dict[str, str]) -> None:
