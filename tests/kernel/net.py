@@ -202,8 +202,8 @@ class Laptop(Machine):
             pytest.skip(reason)
         return [self.boot(info) for info in self.vmnet("create", *names, *options, "--json").json]
 
-    def boot(self, info: dict[str, Any]) -> "Guest":
-        """Return the running guest that `info`, its JSON, describes."""
+    def boot(self, info: dict[str, Any], *, configured: bool = True) -> "Guest":
+        """Return the running guest that `info`, its JSON, describes; not `configured`, its NIC has a MAC and no more."""
         if info["kind"] == "veth":
             path = info["netns"] if info["netns"].startswith("/") else f"/run/netns/{info['netns']}"
             fd = os.open(self.path(path), os.O_RDONLY | os.O_CLOEXEC)
@@ -212,6 +212,9 @@ class Laptop(Machine):
         guest = Guest(self.lab, info, self.lab.new_namespace())
         outside, inside = self.open_device(info["device"], info["kind"]), guest.open_device("eth0", info["kind"])
         self.lab.wire_up(outside, inside)
+        if not configured:
+            guest.ip("link set lo up", f"link set eth0 address {info['mac']}")
+            return guest
         guest.configure()
         for machine, device in ((self, guest.host_device), (guest, guest.device)):
             machine.await_link(device)
