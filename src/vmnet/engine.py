@@ -51,11 +51,12 @@ class Seen:
 
 
 class Stamp(NamedTuple):
-    """What tells one state of the records, the settings and the hosts file from another."""
+    """What tells one state of the records, the settings, the hosts file, and what answers guests from another."""
 
     records: bytes
     settings: tuple[int, ...]
     hosts: tuple[int, ...]
+    answers: tuple[int, ...]
 
 
 class _Overtaken(Exception):
@@ -87,7 +88,7 @@ class Engine:
             self.platform, self.settings, self.paths, self.report, self._here, self._locks, self.holds_back
         )
         self._guests = Guests(self.platform, self.settings, self.report, self.holds_back)
-        self._names = Names(self.settings, self.paths, self.report, self.holds_back)
+        self._names = Names(self.settings, self.paths, self.report, self._locks, self.holds_back)
 
     # Looking
 
@@ -328,8 +329,10 @@ class Engine:
             return store.leases() if self._host.is_wished_up(store) else None
 
     def stamp(self) -> Stamp:
-        """Return what differs when the records, the settings or the hosts file do; takes microseconds."""
-        return Stamp(Store.stamp(self.paths.state), _stamp(self.paths.config), _stamp(self.paths.hosts))
+        """Return what differs when the records, the settings, the hosts file or what answers guests do."""
+        return Stamp(
+            Store.stamp(self.paths.state), _stamp(self.paths.config), _stamp(self.paths.hosts), self._names.stamp()
+        )
 
     def converge(self, store: Store, names: Sequence[str] | None = None) -> None:
         """Bring guests to where the records want them, and with all of them what is ours without a record."""
@@ -413,7 +416,7 @@ class Engine:
                 ops = self._guests.plan_down(leases, keep_netns=False) + self.platform.orphans(
                     [one.name for one in leases]
                 )
-                return ops + self._names.plan([]) + self._host.plan_down()
+                return ops + self._names.plan_clear() + self._host.plan_down()
             with self._locks.host(shared=False), self._locks.guests(None):
                 if store:
                     try:
@@ -430,6 +433,7 @@ class Engine:
                     store.release(gone, freed=time.time())
                     if purge:
                         store.purge()
+                        self._names.forget()
             self._raise_first(problems)
             if purge and unwritten:
                 raise unwritten

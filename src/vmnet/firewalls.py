@@ -34,7 +34,7 @@ class Bridge(NamedTuple):
     uplink: bool
 
 
-def _forward_rules(bridges: Sequence[Bridge]) -> list[str]:
+def _forward_rules(bridges: Sequence[Bridge], _: int) -> list[str]:
     """Return the rules that let guests' packets pass, but not into networks that others keep on this host."""
     uplinks = [one.name for one in bridges if one.uplink and one.name.startswith(_CLOSED) and _is_plain(one.name)]
     others = [one.name for one in bridges if not one.uplink and not one.name.startswith(_CLOSED)]
@@ -60,11 +60,12 @@ def _pattern(name: str) -> str:
     return f"{plain[0] if plain else ''}+"
 
 
-def _input_rules(_: Sequence[Bridge]) -> list[str]:
+def _input_rules(_: Sequence[Bridge], dns_port: int) -> list[str]:
     """Return the rules that let guests ask this host for names and addresses."""
+    ports = f"{dns_port},{dns_port + 1}"
     return [
-        f"-i {_GUESTS} -p udp -m multiport --dports 53,67,1053 {_MARK} -j ACCEPT",
-        f"-i {_GUESTS} -p tcp -m multiport --dports 53,1053 {_MARK} -j ACCEPT",
+        f"-i {_GUESTS} -p udp -m multiport --dports 67,{ports} {_MARK} -j ACCEPT",
+        f"-i {_GUESTS} -p tcp -m multiport --dports {ports} {_MARK} -j ACCEPT",
     ]
 
 
@@ -72,11 +73,11 @@ OFFERED = {"DOCKER-USER": _forward_rules, "ufw-after-forward": _forward_rules, "
 """The chains of the table `filter` that take rules of others: before all of Docker's, between ufw's and its policy."""
 
 
-def plan_chains(chains: Sequence[Chain], bridges: Sequence[Bridge]) -> list[Op]:
+def plan_chains(chains: Sequence[Chain], bridges: Sequence[Bridge], dns_port: int) -> list[Op]:
     """Return the ops after which each chain has the rules that guests need, and no others of ours."""
     ops: list[Op] = []
     for chain in chains:
-        rules = tuple(OFFERED[chain.name](bridges))
+        rules = tuple(OFFERED[chain.name](bridges, dns_port))
         if chain.rules != rules:
             ops.append(PutRules(chain.program, chain.name, chain.rules, rules))
     return ops

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from vmnet.model import Conflict, KernelRefused, Lease, VmnetError
-from vmnet.ops import AddTun, AddVeth, Op, WriteNames
+from vmnet.ops import AddTun, AddVeth, Op
 from vmnet.plan import Guest, GuestView, desire, plan_guest, plan_removal
 from vmnet.platform import Platform, Refusal, Report
 from vmnet.settings import Settings
@@ -153,17 +153,13 @@ class Guests:
 def apply(platform: Platform, report: Report, lists: Sequence[Sequence[Op]]) -> Sequence[Refusal]:
     """Carry out lists of ops that do not depend on each other, and tell of it; return what was refused."""
     report.begin(sum(len(ops) for ops in lists))
-    return platform.apply(lists, _refuse_names, report.did)
+    return platform.apply(lists, report.did)
 
 
 def apply_all(platform: Platform, report: Report, ops: Sequence[Op]) -> None:
     """Carry out ops in their order; raises what the first refusal says."""
     for refusal in apply(platform, report, [ops] if ops else []):
         raise refusal.error
-
-
-def _refuse_names(op: WriteNames) -> None:
-    raise TypeError(f"{op} is not for the kernel")
 
 
 def chunks(leases: Sequence[Lease], size: int = CHUNK) -> Iterable[Sequence[Lease]]:

@@ -43,6 +43,16 @@ class Locks:
         finally:
             os.close(handle)
 
+    @contextmanager
+    def answers(self) -> Iterator[None]:
+        """Hold what dnsmasq reads, to write it."""
+        handle = self._open("answers.lock")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+
     def _open(self, name: str) -> int:
         try:
             self._run.mkdir(mode=0o755, parents=True, exist_ok=True)

@@ -1,10 +1,12 @@
-"""Keep the names of guests where this host's programs look them up: in the hosts file."""
+"""Keep the names of guests where they are looked up: by this host's programs in the hosts file, by guests in DNS."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from vmnet.dnsmasq.answers import Answers
 from vmnet.hostsfile import HostsFile, HostsFileUnwritable
+from vmnet.locks import Locks
 from vmnet.model import Block, Lease
 from vmnet.ops import Op, WriteNames
 from vmnet.plan import dotted
@@ -13,14 +15,19 @@ from vmnet.settings import Paths, Settings
 from vmnet.store import Store
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass
 class Names:
-    """The block of names; where the hosts file cannot be written, that is said, and guests work without."""
+    """The block of names, and DHCP and DNS; where one of them cannot be had, that is said, and guests work without."""
 
     settings: Settings
     paths: Paths
     report: Report
+    locks: Locks
     holds_back: Callable[[Op], bool]
+    _answers: Answers = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._answers = Answers(self.settings, self.paths, self.report, self.locks, self.holds_back)
 
     def _of(self, guests: Iterable[tuple[str, Block]]) -> tuple[tuple[str, str], ...]:
         return tuple((f"{name}.{self.settings.domain}", dotted(block.first + 2)) for name, block in guests)
@@ -31,8 +38,16 @@ class Names:
         return WriteNames(str(self.paths.hosts), self._of(guests))
 
     def plan(self, leases: Iterable[Lease]) -> list[Op]:
-        """Return the op that makes the block hold the names of those leases that are to be up."""
-        op = self._op([(lease.name, lease.block) for lease in leases if lease.wish == "up"])
+        """Return the ops that make names those of the leases that are to be up."""
+        wanted = [lease for lease in leases if lease.wish == "up"]
+        return self._plan_block([(lease.name, lease.block) for lease in wanted]) + self._answers.plan(wanted)
+
+    def plan_clear(self) -> list[Op]:
+        """Return the ops after which there are no names."""
+        return self._plan_block([]) + self._answers.plan_clear()
+
+    def _plan_block(self, guests: Iterable[tuple[str, Block]]) -> list[Op]:
+        op = self._op(guests)
         try:
             return [op] if op and not HostsFile(Path(op.path)).is_current(dict(op.names)) else []
         except HostsFileUnwritable as error:
@@ -40,8 +55,9 @@ class Names:
             return []
 
     def write(self, store: Store) -> None:
-        """Make the block hold the names of all guests that are to be up."""
+        """Make names those of all guests that are to be up."""
         self._keep(self._op(store.wished_up()), lambda: self._of(store.wished_up()))
+        self._answers.write(lambda: [lease for lease in store.leases() if lease.wish == "up"])
 
     def _keep(self, op: WriteNames | None, ask: Callable[[], Iterable[tuple[str, str]]]) -> None:
         """Keep the names in the hosts file; where that cannot be, say so: a guest works without."""
@@ -56,5 +72,14 @@ class Names:
             self.report.warn(error.message + (f" ({error.hint})" if error.hint else ""))
 
     def clear(self) -> None:
-        """Take the block away."""
+        """Take names away, and what answers."""
         self._keep(self._op([]), list)
+        self._answers.clear()
+
+    def forget(self) -> None:
+        """Forget what was given to whom."""
+        self._answers.forget()
+
+    def stamp(self) -> tuple[int, ...]:
+        """Return what differs when what answers guests does."""
+        return self._answers.stamp()

@@ -476,8 +476,45 @@ class WriteNames(NamedTuple):
         return f"editor {self.path}  # the block of vmnet: {shown}{', ...' if len(self.names) > 3 else ''}"
 
 
+class WriteAnswers(NamedTuple):
+    """Write what dnsmasq reads: the files of those names in the folder."""
+
+    folder: str
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"~ DHCP and DNS: {', '.join(self.names)} in {self.folder}"
+
+    def command(self) -> str:
+        return f"editor {' '.join(f'{self.folder}/{name}' for name in self.names)}"
+
+
+class RunAnswers(NamedTuple):
+    """Start dnsmasq, with the process that keeps it."""
+
+    folder: str
+
+    def __str__(self) -> str:
+        return "+ DHCP and DNS for guests"
+
+    def command(self) -> str:
+        return f"for server in dhcp mapped native; do dnsmasq --conf-file={self.folder}/$server.conf; done"
+
+
+class EndAnswers(NamedTuple):
+    """End dnsmasq and the process that keeps it, and take its files away."""
+
+    folder: str
+
+    def __str__(self) -> str:
+        return "- DHCP and DNS for guests"
+
+    def command(self) -> str:
+        return f"kill $(cat {self.folder}/keeper.pid); rm -r {self.folder}"
+
+
 Op: TypeAlias = (
     AddRoute | DelRoute | AddAddress | DelAddress | PutBackAddress | SetNeighbour | AddNetns | DelNetns | AddVeth
     | AddTun | PersistTun | DelLink | SetLink | SetConf | SetSysctl | AddClsact | DelFilter | SetFilter | LoadRules
-    | DelRules | ForgetFlows | PutRules | WriteNames
+    | DelRules | ForgetFlows | PutRules | WriteNames | WriteAnswers | RunAnswers | EndAnswers
 )  # fmt: skip

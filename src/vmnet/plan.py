@@ -70,12 +70,16 @@ _SET_ONCE = "rp_filter"
 
 @dataclass(frozen=True, slots=True)
 class Plane:
-    """The settings that the data plane is made from: first octet of the shadow, mark bit, link groups."""
+    """The settings that the data plane is made from: first octet of the shadow, mark bit, link groups, ports.
+
+    Names are answered to mapped guests at `dns_port` of the host, to native ones at the next.
+    """
 
     shadow: int = 247
     mark: int = 0x08000000
     group_mapped: int = 32001
     group_native: int = 32002
+    dns_port: int = 12753
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +225,8 @@ def desire(lease: Lease, plane: Plane, *, index_shift: int = 0) -> Guest:
             )
         ),
         # In native mode the look-up comes after the rewriting, so the neighbour has the guest's own spelling.
-        neighbours=frozenset({(dotted(own_address), lease.mac)} if lease.mac else ()),
+        # Of a VM nobody knows the MAC for sure: it answers for itself.
+        neighbours=frozenset({(dotted(own_address), lease.mac)} if lease.mac and lease.kind == "veth" else ()),
         filters={direction: Filter(filters.encode(program)) for direction, program in programs.items()},
     )
     guest = Guest(
@@ -608,7 +613,7 @@ def plan_host(wish: HostWish, observed: HostView) -> list[Op]:
         ops.append(LoadRules(wish.text))
         if observed.routes:
             ops.append(ForgetFlows(wish.plane.shadow))
-    ops += plan_chains(observed.chains, observed.bridges)
+    ops += plan_chains(observed.chains, observed.bridges, wish.plane.dns_port)
     if observed.ip_forward != 1:
         ops.append(SetSysctl("net/ipv4/ip_forward", 1))
     return ops + plan_carved_lo(HOST, observed.lo)

@@ -22,6 +22,8 @@ def render(plane: Plane, *, guard: bool) -> str:
         "shadow": plane.shadow,
         "shadow_hex": f"{plane.shadow:#04x}",
         "mark": f"{plane.mark:#010x}",
+        "dns_mapped": plane.dns_port,
+        "dns_native": plane.dns_port + 1,
         # Ones' complement arithmetic of RFC 1624: what the unused word must hold for the sum to stay the same.
         "one_in": f"{~step & 0xFFFF:#06x}",
         "both_in": f"{~(2 * step) & 0xFFFF:#06x}",

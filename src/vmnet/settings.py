@@ -128,6 +128,7 @@ def _is_texts(value: object) -> bool:
 
 # What each setting may be, and how that is told to a person.
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "dns_port": (_between(1024, 65534), "a port from 1024 to 65534, the next one free too"),
     "domain": (_is_domain, "a domain such as vmnet.internal"),
     "group_mapped": (_is_group, "a link group, 1 to 4294967295"),
     "group_native": (_is_group, "a link group, 1 to 4294967295"),
@@ -139,4 +140,4 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "shadow": (_between(240, 254), "the first octet of a /8, 240 to 254"),
 }
 KEYS = tuple(_RULES)
-_PLANE_KEYS = ("shadow", "mark", "group_mapped", "group_native")
+_PLANE_KEYS = ("shadow", "mark", "group_mapped", "group_native", "dns_port")

@@ -292,7 +292,9 @@ class Watcher:
         self._events.expect(self._leases or ())
         self._stamp = stamp
         changed = {name for name in known.keys() | now.keys() if known.get(name) != now.get(name)}
-        return changed, before is not None and stamp._replace(hosts=()) != before._replace(hosts=())
+        return changed, before is not None and stamp._replace(hosts=(), answers=()) != before._replace(
+            hosts=(), answers=()
+        )
 
     def _forget_flows(self, heard: Heard | None) -> None:
         """Have connections forgotten that go on over an address which the host has lost."""

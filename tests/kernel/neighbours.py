@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import vmnet
+from tests.kernel.dns import NOERROR, Answer, ask
 from tests.kernel.machine import ECHO_PORT, QUIET, Machine, wait_until
 from tests.kernel.net import FORMS, Guest, Lab, Result
 from tests.kernel.warm import Warm
@@ -165,9 +166,6 @@ class Scene:
             self.guests.append(self.laptop.boot(info))
         for guest in self.guests:
             guest.serve()
-            gateway = guest.shadow.rpartition(".")[0] + f".{int(guest.shadow.rpartition('.')[2]) - 1}"
-            for port in (53, 1053):
-                self.laptop.serve(port, gateway)
 
     def vmnet(self, *args: str, check: bool = True) -> Result:
         """Run the command line."""
@@ -207,7 +205,9 @@ class Scene:
         assert set(asked) - reached(asked, asked) == set()
         for guest in self.guests:
             assert guest.udp(self.lab.internet.address) == b"hello"
-            assert guest.udp(guest.guest_gateway, 53) == b"hello"
+            assert ask(guest, guest.guest_gateway, f"{guest.name}.vmnet.internal") == Answer(
+                NOERROR, (guest.guest_address,)
+            )
             assert guest.ping(self.lab.internet.address)
             assert self.laptop.ping(guest.address)
 

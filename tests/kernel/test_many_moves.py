@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from tests.kernel.dns import ask
 from tests.kernel.flows import Flow, black_holes
 from tests.kernel.machine import ECHO_PORT, TIMEOUT, Machine, answered, wait_until
 from tests.kernel.net import Guest, Lab, Router, forms_here
@@ -22,7 +23,6 @@ SEED = int(os.environ.get("VMNET_TEST_SEED", "0")) or random.randrange(1 << 32)
 INTERNET = "198.51.100.2"
 LANS = ("10.99.0.0/16", "172.16.5.0/24", "192.168.1.0/24", "100.64.0.0/10", "10.1.0.0/24")
 TUNNEL_RULES = ("not fwmark 51820 table 51820", "table main suppress_prefixlength 0")
-DNS_PORTS = (53, 1053)
 _PACE = 0.02
 _PATIENCE = 10.0
 _OFTEN = 0.5
@@ -331,11 +331,8 @@ class Life:
         self._names = self.lab.laptop.hosts_file.read_text()
         for machine in (self.lab.internet, *self.guests):
             machine.serve()
-        for port in DNS_PORTS:
-            self.lab.laptop.serve(port)
         for guest, other in zip(self.guests, self.guests[1:] + self.guests[:1], strict=True):
             self.traffic.add(f"the host to {guest.name}", self.lab.laptop, guest.address)
-            self.traffic.add(f"{guest.name} to the host", guest, guest.guest_gateway, DNS_PORTS[0])
             self.traffic.add(f"{guest.name} to {other.name}", guest, guest.knows(other))
         self.bind()
 
@@ -365,6 +362,8 @@ class Life:
         assert not self.traffic.stalled()
         assert not self.traffic.lost
         assert self.lab.laptop.hosts_file.read_text() == self._names
+        for guest, other in zip(self.guests, self.guests[1:] + self.guests[:1], strict=True):
+            assert ask(guest, guest.guest_gateway, f"{other.name}.vmnet.internal").values == (guest.knows(other),)
 
 
 @pytest.mark.parametrize("moves", [20, pytest.param(200, marks=pytest.mark.long)])

@@ -11,6 +11,7 @@ from vmnet.firewalls import OFFERED, Bridge, Chain, plan_chains, plan_chains_rem
 from vmnet.ops import Op, PutRules
 from vmnet.plan import HostView
 
+PORT = 12753
 FORWARD = ("DOCKER-USER", "ufw-after-forward")
 LAPTOP = tuple(Bridge(name, name in ("br0", "br-lan")) for name in ("docker0", "br-5f3a", "mine", "br0", "br-lan"))
 
@@ -34,7 +35,7 @@ chains = st.lists(
 
 def verdict(chain: str, present: list[Bridge] | tuple[Bridge, ...], came_by: str, goes_by: str) -> str:
     """Return what the rules of a chain say of a packet; RETURN where they say nothing."""
-    for rule in OFFERED[chain](present):
+    for rule in OFFERED[chain](present, PORT):
         words = rule.split()
         tests = [
             (words[words.index(flag) + 1], device)
@@ -92,11 +93,11 @@ def test_no_bridge_is_opened_and_no_other_device_is_closed(chain: str, present: 
 @given(bridges)
 def test_each_rule_is_one_of_plain_words_that_iptables_can_read(present: list[Bridge]) -> None:
     for rules in OFFERED.values():
-        for rule in rules(present):
+        for rule in rules(present, PORT):
             assert rule.isascii()
             assert not set(rule) & set("'\"\\;|&$`#!<>()")
             assert " -m comment --comment vmnet -j " in rule
-        assert len(set(rules(present))) == len(rules(present))
+        assert len(set(rules(present, PORT))) == len(rules(present, PORT))
 
 
 @given(chains, bridges, st.data())
@@ -110,10 +111,10 @@ def test_a_second_plan_is_empty_and_restore_leaves_none(
             view = on_host(view, op, "")
         return view
 
-    steps = plan_chains(view.chains, view.bridges)
+    steps = plan_chains(view.chains, view.bridges, PORT)
     stopped = after(view, steps[: data.draw(st.integers(0, len(steps)))])
-    healed = after(stopped, plan_chains(stopped.chains, stopped.bridges))
-    assert plan_chains(healed.chains, healed.bridges) == []
+    healed = after(stopped, plan_chains(stopped.chains, stopped.bridges, PORT))
+    assert plan_chains(healed.chains, healed.bridges, PORT) == []
     restored = after(healed, plan_chains_removal(healed.chains))
     assert not any(chain.rules for chain in restored.chains)
     assert plan_chains_removal(restored.chains) == []

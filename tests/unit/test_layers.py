@@ -25,7 +25,9 @@ ALLOWED: dict[str, set[str]] = {
     "linux": {"filters", "flows", "firewalls", "linux", "model", "ops", "plan", "platform", "hostsfile"},
     "platform": {"model", "ops", "plan"},
     "specs": {"model", "platform", "settings", "store"},
-    "names": {"hostsfile", "model", "ops", "plan", "platform", "settings", "store"},
+    "names": {"dnsmasq", "hostsfile", "locks", "model", "ops", "plan", "platform", "settings", "store"},
+    "systemd": set(),
+    "dnsmasq": {"", "dnsmasq", "locks", "model", "ops", "plan", "platform", "settings", "systemd"},
     "guests": {"model", "ops", "plan", "platform", "settings", "store"},
     "hostpart": {
         "found", "guests", "ipam", "locks", "model", "ops", "plan", "platform", "rules", "settings", "store",
@@ -39,10 +41,10 @@ ALLOWED: dict[str, set[str]] = {
     "signs": {""},
     "truces": set(),
     "watch": {"", "engine", "model", "ops", "platform", "signs", "truces"},
-    "hooks": {"", "hooks", "model", "settings"},
+    "hooks": {"", "hooks", "model", "settings", "systemd"},
     "cli": {
         "", "cli", "cloudinit", "engine", "hooks", "linux", "model", "ops", "plan", "platform", "seed", "settings",
-        "signs", "specs", "watch",
+        "signs", "specs", "systemd", "watch",
     },
     "__main__": {"cli"},
 }  # fmt: skip

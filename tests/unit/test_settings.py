@@ -43,6 +43,8 @@ def test_without_a_word_all_is_default(config: Path, text: str | None) -> None:
 RIGHT: list[tuple[str, Settings]] = [
     ('domain = "lan"', Settings(domain="lan")),
     ('domain = "a-b.c9.internal"', Settings(domain="a-b.c9.internal")),
+    ("dns_port = 1024", Settings(plane=Plane(dns_port=1024))),
+    ("dns_port = 65534", Settings(plane=Plane(dns_port=65534))),
     ("mtu = 576", Settings(mtu=576)),
     ("mtu = 65535", Settings(mtu=65535)),
     ("guard_forwarding = false", Settings(guard_forwarding=False)),
@@ -72,6 +74,8 @@ WRONG: list[tuple[str, str, str]] = [
     ("domain", "7", "7"),
     ("domain", '["a"]', "['a']"),
     ("domain", f'"{"a." * 91}a"', f"'{'a.' * 38}..."),
+    *[("dns_port", number, number) for number in ("53", "1023", "65535", "-1")],
+    ("dns_port", '"12753"', "'12753'"),
     *[("mtu", number, number) for number in ("575", "65536", "0", "-1", "1500.0")],
     ("mtu", '"1500"', "'1500'"),
     ("mtu", "true", "True"),

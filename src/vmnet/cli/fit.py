@@ -12,8 +12,9 @@ from vmnet.cli.hooks import Verb
 from vmnet.cli.show import Reporter, print_ops, print_table, say
 from vmnet.hooks.call import Call
 from vmnet.hooks.install import Run, Seen, Step, apply, look, plan_install, plan_uninstall
-from vmnet.hooks.parts import PARTS, Part, is_in_hosts_netns, systemd_runs
+from vmnet.hooks.parts import PARTS, Part
 from vmnet.model import NotPermitted, UsageError
+from vmnet.systemd import is_in_hosts_netns, systemd_runs
 
 _FOUND = 10
 _DONE = {

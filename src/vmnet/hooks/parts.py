@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+from vmnet.systemd import is_in_hosts_netns, systemd_runs
+
 _Question: TypeAlias = Callable[[], bool]
 
 ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
@@ -95,19 +97,6 @@ def _says_yes(*argv: str) -> _Question:
 def _systemd_is_init() -> bool:
     """Say whether systemd is what starts this machine, or will when it is a machine that starts (an image)."""
     return os.path.realpath("/sbin/init").endswith("/systemd/systemd") or systemd_runs()
-
-
-def systemd_runs() -> bool:
-    """Say whether systemd is what runs this system now."""
-    return os.path.isdir("/run/systemd/system")  # sd_booted(3)
-
-
-def is_in_hosts_netns() -> bool:
-    """Say whether a service of the system's would work in the caller's network namespace."""
-    try:
-        return os.path.samestat(os.stat("/proc/1/ns/net"), os.stat("/proc/self/ns/net"))
-    except OSError:
-        return False
 
 
 def _service_may_start() -> bool:

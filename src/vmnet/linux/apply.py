@@ -56,17 +56,20 @@ from vmnet.ops import (
     DelNetns,
     DelRoute,
     DelRules,
+    EndAnswers,
     ForgetFlows,
     LoadRules,
     Op,
     PersistTun,
     PutBackAddress,
     PutRules,
+    RunAnswers,
     SetConf,
     SetFilter,
     SetLink,
     SetNeighbour,
     SetSysctl,
+    WriteAnswers,
     WriteNames,
 )
 from vmnet.plan import HOST
@@ -98,6 +101,7 @@ _FEATURES: dict[type, tuple[str, str, str]] = {
 _NONE: frozenset[int] = frozenset()
 _Direct: TypeAlias = (
     AddNetns | DelNetns | AddTun | PersistTun | SetSysctl | LoadRules | DelRules | ForgetFlows | PutRules | WriteNames
+    | WriteAnswers | RunAnswers | EndAnswers
 )  # fmt: skip
 
 
@@ -111,28 +115,15 @@ class Refusal:
     error: VmnetError
 
 
-def apply(
-    places: Places,
-    lists: Sequence[Sequence[Op]],
-    *,
-    write_names: Callable[[WriteNames], None],
-    done: Callable[[Op], None],
-) -> list[Refusal]:
+def apply(places: Places, lists: Sequence[Sequence[Op]], done: Callable[[Op], None]) -> list[Refusal]:
     """Carry out `lists` of ops and return what was refused; the rest of such a list is left undone."""
-    return _Run(places, lists, write_names, done).run()
+    return _Run(places, lists, done).run()
 
 
 class _Run:
-    def __init__(
-        self,
-        places: Places,
-        lists: Sequence[Sequence[Op]],
-        write_names: Callable[[WriteNames], None],
-        done: Callable[[Op], None],
-    ) -> None:
+    def __init__(self, places: Places, lists: Sequence[Sequence[Op]], done: Callable[[Op], None]) -> None:
         self._places = places
         self._left = [deque(ops) for ops in lists]
-        self._write_names = write_names
         self._done = done
         self._tuns: dict[str, int] = {}
         self._refusals: list[Refusal] = []
@@ -223,8 +214,8 @@ class _Run:
                 conntrack.forget(lambda flow: leads_nowhere(flow, op.shadow, lost))
             case PutRules():
                 iptables.put(op)
-            case WriteNames():
-                self._write_names(op)
+            case WriteNames() | WriteAnswers() | RunAnswers() | EndAnswers():
+                raise TypeError(f"{op} is not for the kernel")
 
     def _send(self, place: str, batch: Sequence[tuple[int, Op]]) -> None:
         try:

@@ -13,7 +13,7 @@ from vmnet.linux.apply import Refusal, apply
 from vmnet.linux.iptables import Chains
 from vmnet.linux.places import NAMED, Places, boot_id, identify, owned_from_here
 from vmnet.model import Lease, NetnsId, NotPermitted
-from vmnet.ops import DelLink, DelNetns, Op, WriteNames
+from vmnet.ops import DelLink, DelNetns, Op
 from vmnet.plan import HOST, Found, GuestView, HostView, Use, plan_left
 from vmnet.platform import EventSource, Glance, Resolver
 
@@ -112,11 +112,9 @@ class LinuxPlatform:
         ops += [DelLink(HOST, link.name, link.index) for link in links]
         return ops + [DelNetns(path) for path in observe.orphan_netns(self._places, names)]
 
-    def apply(
-        self, lists: Sequence[Sequence[Op]], write_names: Callable[[WriteNames], None], done: Callable[[Op], None]
-    ) -> list[Refusal]:
+    def apply(self, lists: Sequence[Sequence[Op]], done: Callable[[Op], None]) -> list[Refusal]:
         """Carry out lists of ops that do not depend on each other; return what was refused."""
-        return apply(self._places, lists, write_names=write_names, done=done)
+        return apply(self._places, lists, done)
 
     def listen(self, file: Path | None, wakeup: int) -> EventSource:
         """Return what hears of changes, to `file` too; see events.Events."""

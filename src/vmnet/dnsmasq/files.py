@@ -1,0 +1,58 @@
+"""What dnsmasq reads: its settings, the names of guests in either spelling, and who gets which address. Pure."""
+
+from collections.abc import Iterable, Mapping
+from string import Template
+from typing import NamedTuple
+
+from vmnet.model import Lease
+from vmnet.plan import Plane, dotted, shadow_of
+
+USUAL_MTU = 1500  # what an Ethernet device has by itself (RFC 894)
+
+
+class Where(NamedTuple):
+    """The paths that dnsmasq's settings name: the folder of its files, the leases it gave, the host's resolvers."""
+
+    folder: str
+    leases: str
+    resolv: str
+
+
+def render_settings(templates: Mapping[str, str], where: Where, domain: str, plane: Plane) -> dict[str, str]:
+    """Return the settings of each of the three, by file name; `templates` has those of "dns" and "dhcp"."""
+    common = {**where._asdict(), "domain": domain, "shadow": str(plane.shadow)}
+    dns = Template(templates["dns"])
+    return {
+        "mapped.conf": dns.substitute(common, mode="mapped", port=plane.dns_port),
+        "native.conf": dns.substitute(common, mode="native", port=plane.dns_port + 1),
+        "dhcp.conf": Template(templates["dhcp"]).substitute(common),
+    }
+
+
+def render_tables(leases: Iterable[Lease], domain: str, plane: Plane) -> dict[str, str]:
+    """Return the tables of those guests, by file name.
+
+    The .hosts files are for dnsmasq's addn-hosts, as hosts(5): names in the spelling of mapped guests, and of native
+    ones. dhcp.hosts is for its dhcp-hostsfile: the device, known by the tag that dnsmasq makes of it, gets its address
+    whatever its MAC; the first MAC is that of the record. dhcp.options has the MTUs that are not usual.
+    """
+    mapped, native, hosts = [], [], []
+    mtus = set()
+    for lease in leases:
+        address = lease.block.first + 2
+        shadow = dotted(shadow_of(address, plane))
+        names = f"{lease.name}.{domain} {lease.name}\n"
+        mapped.append(f"{shadow} {names}")
+        native.append(f"{dotted(address)} {names}")
+        if lease.mode == "mapped" and lease.mac:
+            option = ""
+            if lease.mtu != USUAL_MTU:
+                mtus.add(lease.mtu)
+                option = f",set:mtu{lease.mtu}"
+            hosts.append(f"{lease.mac},*:*:*:*:*:*,tag:{lease.device}{option},{shadow},{lease.name}\n")
+    return {
+        "mapped.hosts": "".join(mapped),
+        "native.hosts": "".join(native),
+        "dhcp.hosts": "".join(hosts),
+        "dhcp.options": "".join(f"tag:mtu{mtu},option:mtu,{mtu}\n" for mtu in sorted(mtus)),
+    }

@@ -1,0 +1,194 @@
+"""Keep dnsmasq running, and have it read anew what has changed: a small process beside it, with little imported.
+
+It is told of new files by SIGHUP, sees by itself that one of its processes has died, and looks every two seconds at
+what nobody tells of: the host's resolvers, a file or a symlink that anybody may replace, and the leases given.
+"""
+
+import fcntl
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vmnet.dnsmasq.held import holders, with_holders
+from vmnet.dnsmasq.processes import SERVERS, conf_word, end, end_servers, find_server, replace
+
+_INTERVAL = 2.0  # seconds between two looks
+_LONGEST_PAUSE = 64.0  # seconds after which one that does not stay up is tried again
+_READ = {"mapped": ("mapped.hosts",), "native": ("native.hosts",), "dhcp": ("dhcp.live", "dhcp.options")}
+_PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
+
+
+@dataclass
+class _Server:
+    """One dnsmasq: the pidfd of its process, the settings it runs by, and when it may be tried again."""
+
+    handle: int | None = None
+    conf: str | None = None
+    read: tuple[object, ...] = ()
+    pause: float = 1.0
+    again: float = 0.0
+    started: float = 0.0
+    problem: str = ""
+
+
+@dataclass
+class Keeper:
+    """Keeps each dnsmasq of `folder` until it is told to stop."""
+
+    folder: Path
+    leases: Path
+    resolv: Path
+    _servers: dict[str, _Server] = field(default_factory=lambda: {name: _Server() for name in SERVERS})
+    _stop: bool = False
+    _problems: str | None = None
+
+    def keep(self, wakeup: int) -> None:
+        """Keep them; `wakeup` becomes readable with each signal."""
+        while not self._stop:
+            for name, server in self._servers.items():
+                self._look(name, server)
+            self._tell()
+            poll = select.poll()
+            for handle in (wakeup, *(one.handle for one in self._servers.values() if one.handle is not None)):
+                poll.register(handle, select.POLLIN)
+            poll.poll(_INTERVAL * 1000)
+            with suppress(BlockingIOError):
+                os.read(wakeup, 4096)
+        end_servers(self.folder)
+
+    def stop(self) -> None:
+        """Have `keep` end them and return."""
+        self._stop = True
+
+    def _look(self, name: str, server: _Server) -> None:
+        conf = _text(self.folder / f"{name}.conf")
+        if name == "dhcp":
+            self._join()
+        if server.handle is not None and (_has_ended(server.handle) or conf != server.conf):
+            end([server.handle])
+            server.handle = None
+            if conf != server.conf:
+                server.again = 0.0
+        if server.handle is None:
+            self._start(name, server, conf)
+            return
+        # What dnsmasq reads was other when it was told to read it.
+        read = self._stamps(name)
+        if read != server.read:
+            server.read = read
+            signal.pidfd_send_signal(server.handle, signal.SIGHUP)
+
+    def _stamps(self, name: str) -> tuple[object, ...]:
+        files = [self.folder / one for one in _READ[name]]
+        return tuple(_stamp(one) for one in (files if name == "dhcp" else [*files, self.resolv]))
+
+    def _join(self) -> None:
+        """Make dhcp.live of dhcp.hosts and the leases given."""
+        live = self.folder / "dhcp.live"
+        wanted = with_holders(_text(self.folder / "dhcp.hosts"), holders(_text(self.leases)))
+        if not live.exists() or wanted != _text(live):
+            replace(live, wanted)
+
+    def _start(self, name: str, server: _Server, conf: str) -> None:
+        """Take over the process that is there already with these settings, or start one."""
+        running = self.folder / f"{name}.running"
+        there = find_server(self.folder, name)
+        if there is not None and conf != _text(running):
+            end([there])
+            there = None
+        if there is None:
+            now = time.monotonic()
+            if now < server.again:
+                return
+            server.pause = min(2 * server.pause, _LONGEST_PAUSE) if now - server.started < _LONGEST_PAUSE else 1.0
+            server.started, server.again = now, now + server.pause
+            # It reads them after this, so what it is told later is never too much.
+            server.read = self._stamps(name)
+            server.problem = self._run(name)
+            if not server.problem:
+                replace(running, conf)
+                there = find_server(self.folder, name)
+        server.handle, server.conf = there, conf
+
+    def _run(self, name: str) -> str:
+        """Start one; return what was wrong."""
+        program = shutil.which("dnsmasq", path=_PATH)
+        if program is None:
+            return "dnsmasq is missing"
+        (self.folder / f"{name}.pid").unlink(missing_ok=True)
+        argv = [program, conf_word(self.folder, name), *_as_root(self.folder)]
+        done = subprocess.run(
+            argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False, cwd="/"
+        )
+        words = done.stderr.strip().removeprefix("dnsmasq: ")
+        return "" if done.returncode == 0 else words or f"dnsmasq ended with exit code {done.returncode}"
+
+    def _tell(self) -> None:
+        """Write down what is wrong, a line for each, for the engine to say; the first time, that all has been tried."""
+        problems = "".join(f"{name}: {one.problem}\n" for name, one in self._servers.items() if one.problem)
+        if problems != self._problems:
+            self._problems = problems
+            replace(self.folder / "problems", problems)
+
+
+def _as_root(folder: Path) -> list[str]:
+    """Return the options that keep dnsmasq root where its own user is none here, or may not come to its files."""
+    alone = Path("/proc/self/uid_map").read_text().split()[2:] == ["1"]
+    shut = any(not one.stat().st_mode & 0o001 for one in (folder, *folder.parents))
+    return ["--user=root", "--group=root"] if alone or shut else []
+
+
+def _has_ended(handle: int) -> bool:
+    poll = select.poll()
+    poll.register(handle, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def _stamp(file: Path) -> tuple[int, ...]:
+    """Return what differs when a file, or what a symlink leads to, is another or has changed."""
+    try:
+        found = file.stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def main() -> None:
+    """Be the keeper that the arguments FOLDER LEASES RESOLV VERSION name, unless there is one.
+
+    The file of problems says that all was tried.
+    """
+    folder, leases, resolv, version = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
+    os.chdir("/")
+    os.umask(0o022)
+    lock = (folder / "keeper.lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return
+    keeper = Keeper(folder, leases, resolv)
+    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    signal.signal(signal.SIGHUP, lambda *_: None)
+    signal.signal(signal.SIGTERM, lambda *_: keeper.stop())
+    (folder / "problems").unlink(missing_ok=True)
+    replace(folder / "keeper.pid", f"{os.getpid()} {version}\n")
+    keeper.keep(reader)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Find dnsmasq and its keeper by their pid files, and end them. Without other imports, for the keeper."""
+
+import os
+import select
+import signal
+from contextlib import suppress
+from pathlib import Path
+
+SERVERS = ("dhcp", "mapped", "native")
+_PATIENCE = 3.0  # seconds that a process has to end by itself
+
+
+def find(pid_file: Path, word: str) -> int | None:
+    """Return a pidfd (pidfd_open(2)) of the process in `pid_file`; None where none of that pid has `word` as argument.
+
+    A pid is given again to another process; the descriptor is not.
+    """
+    try:
+        pid = int(pid_file.read_text().split()[0])
+        handle = os.pidfd_open(pid)
+    except (OSError, ValueError, IndexError, OverflowError):
+        return None
+    with suppress(OSError):
+        # Of a dead one that nobody has waited for there is no command line.
+        if os.fsencode(word) in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+            return handle
+    os.close(handle)
+    return None
+
+
+def conf_word(folder: Path, server: str) -> str:
+    """Return the argument by which the dnsmasq of that folder is known."""
+    return f"--conf-file={folder / server}.conf"
+
+
+def find_server(folder: Path, server: str) -> int | None:
+    """Return a pidfd of one dnsmasq, or None."""
+    return find(folder / f"{server}.pid", conf_word(folder, server))
+
+
+def find_keeper(folder: Path) -> int | None:
+    """Return a pidfd of the keeper, or None."""
+    return find(folder / "keeper.pid", str(folder))
+
+
+def end(handles: list[int]) -> None:
+    """End those processes, by force if need be, and close the pidfds."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for handle in handles:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(handle, number)
+        if all(wait_for_end(handle, _PATIENCE) for handle in handles):
+            break
+    for handle in handles:
+        os.close(handle)
+
+
+def wait_for_end(handle: int, seconds: float) -> bool:
+    """Say whether the process of a pidfd ends within that time."""
+    poll = select.poll()
+    poll.register(handle, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
+
+
+def end_servers(folder: Path) -> None:
+    """End each dnsmasq of that folder."""
+    end([handle for server in SERVERS if (handle := find_server(folder, server)) is not None])
+
+
+def replace(file: Path, text: str) -> None:
+    """Replace what a file holds; whoever reads it sees all of the former, or all of the new."""
+    new = file.with_name(f".{file.name}.new")
+    new.write_text(text)
+    new.rename(file)
