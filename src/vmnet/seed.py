@@ -39,7 +39,10 @@ def write_seed(file: Path, documents: Mapping[str, str], owner: tuple[int, int])
     mask = os.umask(0)
     os.umask(mask)
     mode = stat.S_IMODE(before.st_mode) if before else 0o666 & ~mask
-    fd, partial = tempfile.mkstemp(prefix=".vmnet-", dir=file.parent)
+    try:
+        fd, partial = tempfile.mkstemp(prefix=".vmnet-", dir=file.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from None
     try:
         with open(fd, "wb") as out:
             out.write(image)
