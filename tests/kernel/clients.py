@@ -32,7 +32,7 @@ PACKAGES = (
 )
 """What a VM configures its network with; debootstrap does not find python3-cffi-backend for cloud-init by itself."""
 
-PATIENCE = 60.0
+PATIENCE = 120.0
 """Seconds until a client that has no lease on a busy machine never will have one."""
 
 _BOOT = """
@@ -164,7 +164,7 @@ _DHCLIENT = ("dhclient", "-4", "-pf", "/run/dhclient.eth0.pid", "-lf", "/var/lib
 CLIENTS: dict[str, Client] = {
     # The script that Debian gives it does nothing about the name.
     "udhcpc": Client(
-        (("udhcpc", "-f", "-i", "eth0"),),
+        (("udhcpc", "-f", "-i", "eth0", "-O", "mtu"),),
         ("pkill", "-USR1", "-x", "udhcpc"),
         lambda vm: replace(_in_resolv_conf(vm), name=None),
     ),
@@ -183,4 +183,4 @@ CLIENTS: dict[str, Client] = {
         (("/etc/systemd/network/eth0.network", "[Match]\nName=eth0\n[Network]\nDHCP=ipv4\n[DHCPv4]\nUseMTU=yes\n"),),
     ),
 }
-"""The DHCP clients of Debian, as they are run by hand or by ifupdown; networkd asks for an MTU only if it is to."""
+"""Debian's DHCP clients, as they are run by hand or by ifupdown; udhcpc and networkd ask for an MTU only if told to."""
