@@ -16,7 +16,7 @@ import pytest
 
 from tests.kernel.machine import Machine
 from tests.kernel.net import FORMS, Laptop, need_own_etc
-from tests.kernel.vm import VM, vm_files
+from tests.kernel.vm import boot
 
 # The frame keeps the page from being loaded, and with that from being printed, until everything has been tried.
 PAGE = """<!doctype html><pre></pre><iframe></iframe><script>
@@ -116,9 +116,6 @@ def test_by_its_name_it_is_none(laptop: Laptop, browser: str, www: Path) -> None
 
 
 def test_so_is_a_vms_page(laptop: Laptop, browser: str) -> None:
-    vm_files()
-    info = laptop.vmnet("create", "vm", "--json").json[0]
-    vm = VM(laptop, info, static=f"{info['guest_address']}/{info['guest_prefix']}")
-    vm.await_ready()
+    [vm] = boot(laptop, "vm")
     vm.run(f"cat >/www/index.html <<'END'\n{PAGE}END\ncat >/www/worker.js <<'END'\n{WORKER}END")
     assert given(laptop, browser, f"http://{vm.address}/") == ALL

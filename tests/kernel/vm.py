@@ -134,7 +134,6 @@ class VM:
         self.info = info
         self.name: str = info["name"]
         self.address: str = info["address"]
-        self.gateway: str = info["gateway"]
         self.shadow: str = info["shadow"]
         self.guest_gateway: str = info["guest_gateway"]
         self.device: str = info["device"]
@@ -190,7 +189,8 @@ class VM:
 
     def says(self, word: str) -> list[dict[str, str]]:
         """Return what stands on the console so far in lines with `word`: their `key=value`s."""
-        lines = self.console.read_text(errors="replace").splitlines() if self.console.exists() else []
+        text = self.console.read_text(errors="replace") if self.console.exists() else ""
+        lines = text.rpartition("\n")[0].splitlines()  # a line appears letter by letter
         found = [line.split() for line in lines if line.startswith(f"VMNET-GUEST {word} ")]
         return [dict(pair.partition("=")[::2] for pair in words[2:]) for words in found]
 
@@ -204,10 +204,10 @@ class VM:
         self._boots += 1
         self.await_says("ready", self._boots)
 
-    def http(self, path: str = "/", address: str = "") -> str:
-        """GET from the laptop, at the VM's 127.1.x.x unless told otherwise; `OSError` when there is no answer."""
+    def http(self, path: str = "/") -> str:
+        """GET from the laptop, at the VM's 127.1.x.x; `OSError` when there is no answer."""
         with self._laptop.entered():
-            connection = http.client.HTTPConnection(address or self.address, timeout=10)
+            connection = http.client.HTTPConnection(self.address, timeout=10)
             connection.connect()
         try:
             connection.request("GET", path)
