@@ -380,8 +380,12 @@ def test_an_interactive_shell_has_its_terminal(laptop: Laptop, run: Run, termina
     assert terminal.ask("echo +$VMNET_NAME+") == "++\n"
     terminal.type("fg\n")
     terminal.expect("-i\r\n")
-    assert terminal.ask("echo +$VMNET_NAME+").endswith("+web+\n")
-    terminal.ask("kill -KILL %1; wait")
+    terminal.expect(terminal.PROMPT)
+    assert terminal.ask("echo +$VMNET_NAME+") == "+web+\n"
+    terminal.type("fg\n")
+    terminal.expect("exec cat'\r\n")
+    terminal.type("\x04")
+    terminal.expect(terminal.PROMPT)
     terminal.type("exit 9\n")
     terminal.expect("exit\r\n")
     terminal.expect(terminal.PROMPT)
@@ -399,7 +403,7 @@ def test_a_key_that_interrupts_reaches_the_command_once(laptop: Laptop, run: Run
     terminal.type("\x1c")
     terminal.expect("^\\")
     terminal.type("\n")
-    terminal.expect("INT QUIT\r\ncode 0")
+    assert sorted(terminal.expect("code 0").split()) == ["INT", "QUIT"]
     terminal.start_cat("$vmnet run web --")
     terminal.type("\x03")
     terminal.expect(terminal.PROMPT)
@@ -499,14 +503,14 @@ def test_fifty_at_once_serve_the_same_port_at_addresses_and_names_of_their_own(
     laptop.run("mount", "--bind", str(laptop.hosts_file), "/etc/hosts")
     laptop.env["VMNET_HOSTS_FILE"] = "/etc/hosts"
     names = [f"web{number}" for number in range(FIFTY)]
-    run("carve")
+    run("run", "first", "--", "true")  # with the first guest come its servers of names
     before = laptop.snapshot()
     calls = [warm.start(laptop, "run", name, "--", "python3", "-S", "-c", SERVER) for name in names]
 
     def addresses() -> dict[str, str]:
         return {guest["name"]: guest["address"] for guest in run("list", "--json").json if guest["state"] == "up"}
 
-    assert wait_until(lambda: len(addresses()) == FIFTY, 120)
+    assert wait_until(lambda: len(addresses()) == FIFTY, 120), sorted(addresses())
     where = addresses()
     assert len(set(where.values())) == FIFTY
     said = laptop.run("python3", "-c", ASK_BY_NAME, *[f"{name}.vmnet.internal" for name in names]).splitlines()

@@ -11,8 +11,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -51,7 +51,8 @@ def run(
     with suppress(NoSuchGuest):
         raise Conflict(f"{engine.lease(spec.name).name} exists already", hint="take another name")
     marker = _marker(engine.paths.state, spec.name)
-    lock = _lock(marker, make=True, wait=False)
+    with _undisturbed(marker.parent):
+        lock = _lock(marker, make=True, wait=False)
     if lock is None:
         raise Conflict(f"another run of {spec.name} is not at its end", hint="take another name")
     heir = _fork(lambda: _inherit(open_engine, marker))
@@ -87,8 +88,12 @@ def cannot_run(program: str, error: OSError) -> KernelRefused:
 def end_dead_runs(engine: Engine) -> None:
     """Delete the guests of runs that were killed together with their heirs."""
     engine.platform.need_rights()
-    for marker in sorted(engine.paths.state.glob(f"{_PREFIX}*{_SUFFIX}")):
-        lock = _lock(marker, make=False, wait=False)
+    markers = sorted(engine.paths.state.glob(f"{_PREFIX}*{_SUFFIX}"))
+    if not markers:
+        return
+    with _undisturbed(engine.paths.state):
+        held = [(marker, _lock(marker, make=False, wait=False)) for marker in markers]
+    for marker, lock in held:
         if lock is not None:
             _end(engine, marker, lock)
 
@@ -98,6 +103,17 @@ def _marker(state: Path, name: str) -> Path:
         state.mkdir(parents=True, exist_ok=True)
         state.chmod(0o755)
     return state / f"{_PREFIX}{name}{_SUFFIX}"
+
+
+@contextmanager
+def _undisturbed(state: Path) -> Iterator[None]:
+    """Hold the folder: a marker that is there, but not locked yet, would look like that of a dead run."""
+    handle = os.open(state, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _lock(marker: Path, *, make: bool, wait: bool) -> int | None:
