@@ -56,9 +56,9 @@ def run(
     if lock is None:
         raise Conflict(f"another run of {spec.name} is not at its end", hint="take another name")
     heir = _fork(lambda: _inherit(open_engine, marker))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
         before = _leave_by_signals()
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         try:
             [seen] = engine.create_and_look([spec])
         except (VmnetError, OSError):
@@ -69,7 +69,7 @@ def run(
         environment = _environment(seen, engine.settings)
         return _attend(_start(lambda: _become(engine, seen, environment, argv), before, mask))
     finally:
-        signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)
+        _stay(mask)
         try:
             if marker.exists():
                 _end(engine, marker, lock)
@@ -157,6 +157,18 @@ def _leave_by_signals() -> dict[signal.Signals, Any]:
     return before
 
 
+def _stay(mask: set[int | signal.Signals]) -> None:
+    """Have no signal end this process any more; `mask` is what was blocked before.
+
+    By handlers: what is blocked or ignored stays so in programs that are started, such as dnsmasq.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)
+    for number in (*_ENDING, signal.SIGUSR1, signal.SIGUSR2):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def _environment(seen: Seen, settings: Settings) -> dict[str, str]:
     """Return what the command is told of its guest; what the guest has not is empty."""
     guest = as_json(seen, settings)
@@ -227,7 +239,7 @@ def _attend(child: int) -> int:
 def _inherit(open_engine: Callable[[Report], AbstractContextManager[Engine]], marker: Path) -> None:
     """Wait for the end of the run that has `marker`, and do what it has left undone."""
     os.setsid()  # what a terminal or a shell sends to the run is not for its heir
-    signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)
+    _stay(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
         os.dup2(nowhere, stream)
