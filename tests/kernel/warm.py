@@ -150,6 +150,7 @@ def _supervise(request: dict[str, Any]) -> int:
             os.kill(pid, signal.SIGKILL)
         os.kill(pid, signal.SIGCONT)
         code = _wait(pid)
+        tracer.terminate()  # it lets go of what goes on
         tracer.stderr.read()
     return code
 

@@ -34,7 +34,7 @@ def render_tables(leases: Iterable[Lease], domain: str, plane: Plane) -> dict[st
 
     The .hosts files are for dnsmasq's addn-hosts, as hosts(5): names in the spelling of mapped guests, and of native
     ones. dhcp.hosts is for its dhcp-hostsfile: the device, known by the tag that dnsmasq makes of it, gets its address
-    whatever its MAC; the first MAC is that of the record. dhcp.options has the MTUs that are not usual.
+    whatever its MAC; the first MAC is that of the record.
     """
     mapped, native, hosts = [], [], []
     mtus = set()
