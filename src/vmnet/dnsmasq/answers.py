@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -24,6 +24,17 @@ from vmnet.systemd import is_in_hosts_netns, systemd_runs
 
 _RESOLV = "/etc/resolv.conf"
 _PATIENCE = 15.0  # seconds that the keeper has to try everything once
+_UNIT = "vmnet-dnsmasq.service"
+# What dnsmasq needs: devices and neighbours, raw and low ports, another user, and to reach files wherever they lie.
+_SANDBOX = (
+    "CapabilityBoundingSet=CAP_NET_ADMIN CAP_NET_RAW CAP_NET_BIND_SERVICE CAP_SETUID CAP_SETGID CAP_KILL "
+    "CAP_DAC_OVERRIDE CAP_CHOWN",
+    "NoNewPrivileges=yes", "ProtectSystem=strict", "ProtectHome=read-only", "PrivateTmp=yes", "PrivateDevices=yes",
+    "ProtectKernelTunables=yes", "ProtectKernelModules=yes", "ProtectKernelLogs=yes", "ProtectControlGroups=yes",
+    "ProtectClock=yes", "ProtectHostname=yes", "RestrictNamespaces=yes", "RestrictRealtime=yes",
+    "RestrictSUIDSGID=yes", "LockPersonality=yes", "MemoryDenyWriteExecute=yes", "SystemCallArchitectures=native",
+    "RestrictAddressFamilies=AF_INET AF_INET6 AF_NETLINK AF_UNIX AF_PACKET", "UMask=0022", "Restart=on-failure",
+)  # fmt: skip
 _PROGRAM = ("/usr/local/sbin/dnsmasq", "/usr/sbin/dnsmasq", "/sbin/dnsmasq", "/usr/bin/dnsmasq")
 
 
@@ -48,7 +59,11 @@ class Answers:
         return self.paths.state / "dhcp.leases"
 
     def plan(self, leases: Sequence[Lease]) -> list[Op]:
-        """Return the ops after which guests are answered as those leases want it."""
+        """Return the ops after which guests are answered as those leases want it; say what is in the way now."""
+        self._complain(leases)
+        return self._plan(leases)
+
+    def _plan(self, leases: Sequence[Lease]) -> list[Op]:
         alive = self._keeper_is_right()
         wanted = self._render(leases) if alive or leases else {}
         if not wanted or self._lacks_dnsmasq():
@@ -63,12 +78,10 @@ class Answers:
         """Have guests answered as the leases that `ask` returns want it; it is asked when nobody else writes."""
         with self.locks.answers():
             leases = ask()
-            ops = self.plan(leases)
-            if not ops:
-                self._complain(leases)
-                return
+            ops = self._plan(leases)
             try:
-                self._apply(ops, self._render(leases))
+                if ops:
+                    self._apply(ops, self._render(leases))
             except OSError as error:
                 self.report.warn(f"{error.filename or self.folder} cannot be written: {error.strerror}; {_WITHOUT}")
                 return
@@ -129,7 +142,7 @@ class Answers:
         except (OSError, UnicodeError):
             return False
 
-    def _render(self, leases: Iterable[Lease]) -> Mapping[str, str]:
+    def _render(self, leases: Sequence[Lease]) -> Mapping[str, str]:
         if not self._templates:
             folder = files("vmnet") / "templates" / "dnsmasq"
             self._templates.update({name: (folder / f"{name}.conf").read_text() for name in ("dns", "dhcp")})
@@ -137,7 +150,7 @@ class Answers:
         plane = self.settings.plane
         return {
             **render_tables(leases, self.settings.domain, plane),
-            **render_settings(self._templates, where, self.settings.domain, plane),
+            **render_settings(self._templates, where, self.settings.domain, plane, leases),
         }
 
     def _lacks_dnsmasq(self) -> bool:
@@ -177,12 +190,30 @@ class Answers:
             os.close(former)
         problems = self.folder / "problems"
         problems.unlink(missing_ok=True)
-        started = _start([*_KEEPER, str(self.folder), str(self._leases), _RESOLV, _version()])
+        started = self._start([*_KEEPER, str(self.folder), str(self._leases), _RESOLV, _version()])
         end_of_patience = time.monotonic() + _PATIENCE
         while not problems.exists() and time.monotonic() < end_of_patience and started.poll() in (None, 0):
             time.sleep(0.002)
         if not problems.exists():
             self.report.warn(f"DHCP and DNS do not start; {_WITHOUT}")
+
+    def _start(self, argv: Sequence[str]) -> subprocess.Popen[bytes]:
+        """Start the keeper so that it outlives this process, what it was called from, and the sandbox of a service."""
+        null = subprocess.DEVNULL
+        if not (systemd_runs() and is_in_hosts_netns()):
+            return subprocess.Popen(argv, stdin=null, stdout=null, stderr=null, start_new_session=True, cwd="/")
+        # A child would end with the user's session, or live in the sandbox of the watcher's.
+        subprocess.run(["systemctl", "--quiet", "stop", _UNIT], stdin=null, stderr=null, check=False)
+        sandbox = [*_SANDBOX, f"ReadWritePaths={self.folder} {self.paths.state}"]
+        properties = [f"--property={one}" for one in sandbox]
+        unit = [
+            "systemd-run",
+            "--quiet",
+            "--collect",
+            f"--unit={_UNIT}",
+            "--description=DHCP and DNS for guests of vmnet",
+        ]
+        return subprocess.Popen([*unit, *properties, "--", *argv], stdin=null, stdout=null, stderr=null)
 
 
 # This very vmnet, wherever it lies, and nobody else's modules.
@@ -201,17 +232,3 @@ def _version() -> str:
     folder = Path(__file__).parent
     code = b"".join((folder / name).read_bytes() for name in ("keeper.py", "held.py", "processes.py"))
     return f"{__version__}-{sha256(code).hexdigest()[:12]}"
-
-
-def _start(argv: Sequence[str]) -> subprocess.Popen[bytes]:
-    """Start the keeper so that it outlives this process, what it was called from, and the sandbox of a service."""
-    null = subprocess.DEVNULL
-    if systemd_runs() and is_in_hosts_netns():
-        # The service manager starts it: a child would end with the user's session, or live in the watcher's sandbox.
-        unit = ["systemd-run", "--quiet", "--collect", "--unit=vmnet-answers", "--description=DHCP and DNS of vmnet"]
-        unit += [f"--property={one}" for one in _SANDBOX]
-        return subprocess.Popen([*unit, "--", *argv], stdin=null, stdout=null, stderr=null)
-    return subprocess.Popen(argv, stdin=null, stdout=null, stderr=null, start_new_session=True, cwd="/")
-
-
-_SANDBOX: Sequence[str] = ()

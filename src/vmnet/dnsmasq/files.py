@@ -18,14 +18,19 @@ class Where(NamedTuple):
     resolv: str
 
 
-def render_settings(templates: Mapping[str, str], where: Where, domain: str, plane: Plane) -> dict[str, str]:
+def render_settings(
+    templates: Mapping[str, str], where: Where, domain: str, plane: Plane, leases: Iterable[Lease]
+) -> dict[str, str]:
     """Return the settings of each of the three, by file name; `templates` has those of "dns" and "dhcp"."""
+    # Forced, which only settings can: udhcpc does not ask for its MTU.
+    mtus = sorted({lease.mtu for lease in leases} - {USUAL_MTU})
+    forced = "".join(f"dhcp-option-force=tag:mtu{mtu},option:mtu,{mtu}\n" for mtu in mtus)
     common = {**where._asdict(), "domain": domain, "shadow": str(plane.shadow)}
     dns = Template(templates["dns"])
     return {
         "mapped.conf": dns.substitute(common, mode="mapped", port=plane.dns_port),
         "native.conf": dns.substitute(common, mode="native", port=plane.dns_port + 1),
-        "dhcp.conf": Template(templates["dhcp"]).substitute(common),
+        "dhcp.conf": Template(templates["dhcp"]).substitute(common) + forced,
     }
 
 
@@ -37,7 +42,6 @@ def render_tables(leases: Iterable[Lease], domain: str, plane: Plane) -> dict[st
     whatever its MAC; the first MAC is that of the record.
     """
     mapped, native, hosts = [], [], []
-    mtus = set()
     for lease in leases:
         address = lease.block.first + 2
         shadow = dotted(shadow_of(address, plane))
@@ -45,14 +49,10 @@ def render_tables(leases: Iterable[Lease], domain: str, plane: Plane) -> dict[st
         mapped.append(f"{shadow} {names}")
         native.append(f"{dotted(address)} {names}")
         if lease.mode == "mapped" and lease.mac:
-            option = ""
-            if lease.mtu != USUAL_MTU:
-                mtus.add(lease.mtu)
-                option = f",set:mtu{lease.mtu}"
+            option = f",set:mtu{lease.mtu}" if lease.mtu != USUAL_MTU else ""
             hosts.append(f"{lease.mac},*:*:*:*:*:*,tag:{lease.device}{option},{shadow},{lease.name}\n")
     return {
         "mapped.hosts": "".join(mapped),
         "native.hosts": "".join(native),
         "dhcp.hosts": "".join(hosts),
-        "dhcp.options": "".join(f"tag:mtu{mtu},option:mtu,{mtu}\n" for mtu in sorted(mtus)),
     }

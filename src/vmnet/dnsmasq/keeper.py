@@ -21,7 +21,7 @@ from vmnet.dnsmasq.processes import SERVERS, conf_word, end, end_servers, find_s
 
 _INTERVAL = 2.0  # seconds between two looks
 _LONGEST_PAUSE = 64.0  # seconds after which one that does not stay up is tried again
-_READ = {"mapped": ("mapped.hosts",), "native": ("native.hosts",), "dhcp": ("dhcp.live", "dhcp.options")}
+_READ = {"mapped": ("mapped.hosts",), "native": ("native.hosts",), "dhcp": ("dhcp.live",)}
 _PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 
 
