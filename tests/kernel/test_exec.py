@@ -96,3 +96,13 @@ def test_where_there_is_no_resolver_etc_is_not_to_be_written(host: Laptop, warm:
     host.run("touch", "/etc/resolv.conf")
     warm.vmnet(host, "exec", "web", "--", "touch", "/etc/new")
     assert host.path("/etc/new").exists()
+
+
+@pytest.mark.parametrize(("mode", "spelled"), [("native", "127.1.0.6"), ("mapped", "247.1.0.6")])
+def test_programs_find_other_guests_and_reach_them(host: Laptop, warm: Warm, mode: str, spelled: str) -> None:
+    host.path("/etc/nsswitch.conf").write_text("hosts: files dns\n")
+    warm.vmnet(host, "create", "web", "--kind", "veth", f"--{mode}")
+    host.boot(warm.vmnet(host, "create", "db", "--kind", "veth", "--json").json[0]).serve()
+    ask = "import socket as s, sys; print([s.create_connection((name, 7), 10).getpeername()[0] for name in sys.argv[1:]])"
+    said = warm.vmnet(host, "exec", "web", "--", "python3", "-c", ask, "db", "db.vmnet.internal").out
+    assert said == f"{[spelled, spelled]}\n"
