@@ -22,6 +22,8 @@ DOMAIN = "vmnet.internal"
 MACS = {"a": "52:54:00:12:34:56", "b": "52:54:00:00:00:0b", "c": "02:00:00:00:00:0c"}
 """The first is what every qemu gives that is not told another."""
 
+TOKEN = "from-a-wrong-address"
+
 
 @pytest.fixture
 def online(lab: Lab) -> Lab:
@@ -153,17 +155,20 @@ def test_a_vm_has_its_address_whatever_its_mac(laptop: Laptop) -> None:
         assert_at_home(vm)
 
 
-def nuisance(address: str, victims: str) -> str:
+def nuisance(address: str, victims: set[str]) -> str:
     """Return a script that claims an address, and calls everybody from it, for ever."""
     claims = "".join(f"arping -q {how} -c 1 -w 1 -I eth0 {address} & " for how in ("-A", "-U"))
-    calls = f"for victim in {victims}; do ping -q -c 1 -W 1 $victim & echo hello | timeout 1 nc $victim 7 & done; "
-    return f"while :; do {claims}{calls}wait; done"
+    # What is asked for by TFTP stands in the first datagram.
+    call = f"ping -q -c 1 -W 1 $victim & timeout 1 nc $victim 7 & timeout 1 tftp -g -r {TOKEN} $victim {ECHO_PORT} & "
+    return f"while :; do {claims}for victim in {' '.join(victims)}; do {call}done; wait; done"
 
 
-def is_heard(sniffer: Sniffer, address: str) -> bool:
-    """Tell whether an IPv4 packet from an address has come by."""
-    source = socket.inet_aton(address)
-    return any(frames.kind_of(frame) == 0x0800 and frame[26:30] == source for frame in sniffer.frames())
+def has_called(sniffer: Sniffer, address: str, victims: set[str]) -> bool:
+    """Take from `victims` those to whom the token has gone from an address; tell whether none is left."""
+    for frame in sniffer.frames():
+        if frames.kind_of(frame) == 0x0800 and frame[26:30] == socket.inet_aton(address) and TOKEN.encode() in frame:
+            victims.discard(socket.inet_ntoa(frame[30:34]))
+    return not victims
 
 
 def test_a_wrong_address_harms_nobody(lab: Lab) -> None:
@@ -175,6 +180,7 @@ def test_a_wrong_address_harms_nobody(lab: Lab) -> None:
     [info] = laptop.vmnet("create", "bad", "--kind", "tap", "--json").json
     vm = VM(laptop, info, static=f"{good.shadow}/30")
     vm.await_ready()
+    laptop.rp_filter(0)
     people = (good, native, laptop, lan, lab.internet)
     services = [machine.serve() for machine in people]
 
@@ -186,29 +192,31 @@ def test_a_wrong_address_harms_nobody(lab: Lab) -> None:
         assert laptop.reaches("127.0.0.1") == ALL
 
     assert_nobody_is_disturbed()
-    allowed = {peer for service in services for peer in service.peers}
     wrong = [
         *(good.shadow, good.guest_gateway, native.shadow, vm.guest_gateway, "247.1.0.200"),
         *(lan.address, "192.168.77.2", INTERNET, "127.0.0.1", good.address, "169.254.1.1"),
     ]
-    victims = " ".join((good.shadow, native.shadow, vm.guest_gateway, lan.address, INTERNET, "127.0.0.1"))
+    everybody = {good.shadow, native.shadow, vm.guest_gateway, lan.address, INTERNET, "127.0.0.1"}
     # Without these it would keep for itself what goes to 127/8.
     vm.run("ip addr flush dev lo; echo 1 >/proc/sys/net/ipv4/conf/eth0/route_localnet")
     for address in wrong:
+        victims = everybody - {address}
         vm.run(
             f"ip addr flush dev eth0; ip addr add {address}/30 dev eth0 scope global; ip neigh flush dev eth0;"
             f"ip route replace default dev eth0 src {address};"
             # With the gateway's MAC known, nothing depends on whether somebody answers its ARP.
-            f"for victim in {victims}; do arp -i eth0 -s $victim {laptop.mac(vm.device)}; done"
+            f"for victim in {' '.join(victims)}; do arp -i eth0 -s $victim {laptop.mac(vm.device)}; done"
         )
         heard = laptop.sniff(vm.device)
         vm.run(f"setsid sh -c '{nuisance(address, victims)}' >/dev/null 2>&1 & echo $! >/run/nuisance")
-        assert wait_until(partial(is_heard, heard, address), LIMIT), f"nothing came from {address}"
+        assert wait_until(partial(has_called, heard, address, victims), LIMIT), f"{address} has not called {victims}"
         assert_nobody_is_disturbed()
         vm.run("kill -9 -$(cat /run/nuisance)")
         heard.close()
-    assert {peer for service in services for peer in service.peers} <= allowed
-    # It could have been heard: with its own address it is, at once.
+        assert not [data for service in services for data in service.received if TOKEN.encode() in data], address
+    # With its own it is heard, and at once.
     vm.run("ip addr flush dev eth0; /init dhcp")
     vm.await_says("lease")
     assert_at_home(vm)
+    vm.run(f"timeout 1 tftp -g -r {TOKEN} {good.shadow} {ECHO_PORT} || true")
+    assert wait_until(lambda: any(TOKEN.encode() in data for data in services[0].received), LIMIT)
