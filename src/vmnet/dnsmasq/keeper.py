@@ -142,7 +142,8 @@ def _as_root(folder: Path) -> list[str]:
     """Return the options that keep dnsmasq root where its own user is none here, or may not come to its files."""
     alone = Path("/proc/self/uid_map").read_text().split()[2:] == ["1"]
     shut = any(not one.stat().st_mode & 0o001 for one in (folder, *folder.parents))
-    return ["--user=root", "--group=root"] if alone or shut else []
+    # No group at all: to take root's is setgroups(2), which a user namespace of an ordinary user's refuses.
+    return ["--user=root", "--group="] if alone or shut else []
 
 
 def _has_ended(handle: int) -> bool:
