@@ -22,7 +22,10 @@ from tests.system.roots import Rooted, debian_root
 
 SANDBOX = Path(__file__).with_name("sandbox.py")
 WATCHER = "/etc/systemd/system/vmnet-watch.service"
-PARTS = ["systemd", "sysvinit", "networkmanager", "networkd", "udev", "sysctl", "firewalld"]
+PARTS = [
+    "systemd", "sysvinit", "networkmanager", "networkmanager-dns", "dnsmasq", "resolved", "networkd", "udev", "sysctl",
+    "firewalld",
+]  # fmt: skip
 
 
 def make_program(folder: Path, *modules: Path | str) -> Path:

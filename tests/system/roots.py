@@ -136,27 +136,29 @@ def made_once(name: str, *recipe: str) -> Iterator[tuple[Path, Path | None]]:
             Path(work, "made").rename(place)
 
 
-def debian_root(name: str, packages: Sequence[str], files: Mapping[str, str] = _NO_FILES) -> Path:
+def debian_root(name: str, packages: Sequence[str], files: Mapping[str, str] = _NO_FILES, *, release: str = "") -> Path:
     """Return the folder of a minimal Debian with `packages`, unpacked and configured; nothing may write to it.
 
     `files` (path to text) are there when packages are configured, for those that look at their settings then.
+    `release` is another Debian release than that of `suite()`.
     Skips the test where none can be made; `RuntimeError` with the end of the log when a package cannot be configured.
     """
     reason = why_not()
     if reason is not None:
         pytest.skip(reason)
     files = {_DPKG_FILE: _DPKG, **files}
-    with made_once(name, suite(), *sorted(packages), repr(sorted(files.items())), _CONFIGURE) as (place, work):
+    release = release or suite()
+    with made_once(name, release, *sorted(packages), repr(sorted(files.items())), _CONFIGURE) as (place, work):
         if work is not None:
-            _bootstrap(work / "made", packages, files)
+            _bootstrap(work / "made", packages, files, release)
     return place
 
 
-def _bootstrap(root: Path, packages: Sequence[str], files: Mapping[str, str]) -> None:
+def _bootstrap(root: Path, packages: Sequence[str], files: Mapping[str, str], release: str) -> None:
     kept = cache() / "packages"
     kept.mkdir(exist_ok=True)
     include = f"--include={','.join(sorted(packages))}"
-    fetch = ["debootstrap", "--foreign", "--variant=minbase", f"--cache-dir={kept}", include, suite(), str(root)]
+    fetch = ["debootstrap", "--foreign", "--variant=minbase", f"--cache-dir={kept}", include, release, str(root)]
     fetched = subprocess.run([*fetch, mirror()], capture_output=True, text=True, check=False)
     if fetched.returncode != 0:
         pytest.skip(f"no Debian system: {(fetched.stdout + fetched.stderr).strip().splitlines()[-1]}")

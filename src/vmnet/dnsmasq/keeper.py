@@ -17,11 +17,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmnet.dnsmasq.held import holders, with_holders
-from vmnet.dnsmasq.processes import SERVERS, conf_word, end, end_servers, find_server, replace
+from vmnet.dnsmasq.processes import SERVERS, conf_word, end, end_servers, find, find_server, replace
 
 _INTERVAL = 2.0  # seconds between two looks
 _LONGEST_PAUSE = 64.0  # seconds after which one that does not stay up is tried again
 _READ = {"mapped": ("mapped.hosts",), "native": ("native.hosts",), "dhcp": ("dhcp.live",)}
+# The system's own dnsmasq, which reads the hosts file at its start and when it is told to: what says that it is to be
+# told, its program, and where distributions have its pid.
+_FITTED = Path("/etc/dnsmasq.d/vmnet.conf")
+_SYSTEMS = "/usr/sbin/dnsmasq"
+_SYSTEMS_PIDS = (Path("/run/dnsmasq/dnsmasq.pid"), Path("/run/dnsmasq.pid"))
 _PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 
 
@@ -48,6 +53,7 @@ class Keeper:
     _servers: dict[str, _Server] = field(default_factory=lambda: {name: _Server() for name in SERVERS})
     _stop: bool = False
     _problems: str | None = None
+    _names: tuple[object, ...] = ()
 
     def keep(self, wakeup: int) -> None:
         """Keep them; `wakeup` becomes readable with each signal."""
@@ -55,6 +61,7 @@ class Keeper:
             for name, server in self._servers.items():
                 self._look(name, server)
             self._tell()
+            self._tell_system()
             poll = select.poll()
             for handle in (wakeup, *(one.handle for one in self._servers.values() if one.handle is not None)):
                 poll.register(handle, select.POLLIN)
@@ -62,6 +69,8 @@ class Keeper:
             with suppress(BlockingIOError):
                 os.read(wakeup, 4096)
         end_servers(self.folder)
+        self._names = ()
+        self._tell_system()
 
     def stop(self) -> None:
         """Have `keep` end them and return."""
@@ -129,6 +138,21 @@ class Keeper:
         )
         words = done.stderr.strip().removeprefix("dnsmasq: ")
         return "" if done.returncode == 0 else words or f"dnsmasq ended with exit code {done.returncode}"
+
+    def _tell_system(self) -> None:
+        """Have the system's dnsmasq read the hosts file, which is written before ours, where names have changed."""
+        names = _stamp(self.folder / "native.hosts") + _stamp(_FITTED)
+        if names == self._names:
+            return
+        self._names = names
+        if not _FITTED.exists():
+            return
+        for pid_file in _SYSTEMS_PIDS:
+            handle = find(pid_file, _SYSTEMS)
+            if handle is not None:
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(handle, signal.SIGHUP)
+                os.close(handle)
 
     def _tell(self) -> None:
         """Write down what is wrong, a line for each, for the engine to say; the first time, that all has been tried."""

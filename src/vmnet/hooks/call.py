@@ -4,22 +4,23 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vmnet.hooks.parts import ENVIRONMENT
 from vmnet.model import HostLacks, UsageError
-from vmnet.settings import Paths
+from vmnet.settings import Paths, Settings, load_settings
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """The first words of a command, and the variables to be set for it.
+    """The first words of a command, the variables to be set for it, and the settings that it finds.
 
     Raises UsageError for what no file of settings can hold: control characters, and bytes that are no text.
     """
 
     argv: tuple[str, ...]
     environment: Mapping[str, str]
+    settings: Settings = field(default_factory=Settings)
 
     def __post_init__(self) -> None:
         for text in (*self.argv, *self.environment.values()):
@@ -33,7 +34,8 @@ class Call:
         By its interpreter: in a checkout bin/vmnet would install what a new version lacks, which is nothing for a
         machine that starts. -I, because a service has no folder, no PYTHONPATH and no home to take modules from.
         """
-        return cls((sys.executable, "-I", "-m", "vmnet"), _environment())
+        settings = load_settings(Paths.from_environment().config)
+        return cls((sys.executable, "-I", "-m", "vmnet"), _environment(), settings)
 
     def check(self) -> None:
         """Raise HostLacks where that does not run vmnet."""

@@ -4,6 +4,7 @@ A part more is an entry more in `PARTS`, and its templates.
 """
 
 import os
+import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -114,12 +115,39 @@ def _sysvinit_runs() -> bool:
         return False
 
 
+def _systemd_version() -> int:
+    """Return the version of systemd-resolved, 0 where it is not here."""
+    try:
+        told = subprocess.run(
+            ("resolvectl", "--version"), capture_output=True, text=True, check=False, env=ENVIRONMENT, timeout=_PATIENCE
+        )
+    except OSError:
+        return 0
+    found = re.match(r"systemd (\d+)", told.stdout)
+    return int(found[1]) if found else 0
+
+
 _UNITS = ("vmnet.service", "vmnet-watch.service")
 _UNIT_FOLDER = "/etc/systemd/system"
+_SYSTEM_UNITS = ("/usr/lib/systemd/system", "/lib/systemd/system", "/etc/systemd/system")
 _SCRIPT = "/etc/init.d/vmnet"
 _RELOAD = Command(("systemctl", "daemon-reload"), when=systemd_runs)
 _RELOAD_NETWORKD = Command(("networkctl", "reload"), when=_says_yes("systemctl", "is-active", "-q", "systemd-networkd"))
 _RELOAD_NETWORKMANAGER = Command(("nmcli", "general", "reload", "conf"), when=_says_yes("nmcli", "general", "status"))
+_DELEGATES_SINCE = 258  # systemd.dns-delegate(5)
+_RESOLVED_RUNS = _says_yes("systemctl", "is-active", "-q", "systemd-resolved")
+_RELOAD_RESOLVED = Command(("systemctl", "reload", "systemd-resolved"), when=_RESOLVED_RUNS)
+# Settings are read at the start alone (dnsmasq(8), "NOTES"); this is where NetworkManager keeps the pid of its own.
+_RELOAD_NETWORKMANAGER_DNS = Command(
+    ("nmcli", "general", "reload", "dns-full"), when=_exists("/run/NetworkManager/dnsmasq.pid")
+)
+_RESTART_DNSMASQ = (
+    Command(("systemctl", "restart", "dnsmasq"), when=_says_yes("systemctl", "is-active", "-q", "dnsmasq")),
+    Command(
+        ("service", "dnsmasq", "restart"),
+        when=lambda: not systemd_runs() and _says_yes("service", "dnsmasq", "status")(),
+    ),
+)
 _FIREWALLD_RUNS = _says_yes("firewall-cmd", "--state")
 # A zone that says the same as ours and is always there, and ours, which firewalld knows when it has started anew.
 _ZONE_NOW = "trusted"
@@ -165,6 +193,29 @@ PARTS = (
         # Not told when the file has gone: NetworkManager 1.42 that takes lo back while it runs puts 127.0.0.1/8 there,
         # and one that starts takes it as it is.
         installed=(_RELOAD_NETWORKMANAGER,),
+    ),
+    Part(
+        "networkmanager-dns",
+        # Nothing reads it until somebody sets dns=dnsmasq.
+        found=_has("NetworkManager"),
+        files=(File("/etc/NetworkManager/dnsmasq.d/vmnet.conf", "dnsmasq/host.conf"),),
+        installed=(_RELOAD_NETWORKMANAGER_DNS,),
+        gone=(_RELOAD_NETWORKMANAGER_DNS,),
+    ),
+    Part(
+        "dnsmasq",
+        # The program alone is no service, and vmnet's own.
+        found=_exists("/etc/init.d/dnsmasq", *(f"{folder}/dnsmasq.service" for folder in _SYSTEM_UNITS)),
+        files=(File("/etc/dnsmasq.d/vmnet.conf", "dnsmasq/host.conf"),),
+        installed=_RESTART_DNSMASQ,
+        gone=_RESTART_DNSMASQ,
+    ),
+    Part(
+        "resolved",
+        found=lambda: _systemd_version() >= _DELEGATES_SINCE,
+        files=(File("/etc/systemd/dns-delegate.d/vmnet.dns-delegate", "resolved/vmnet.dns-delegate"),),
+        installed=(_RELOAD_RESOLVED,),
+        gone=(_RELOAD_RESOLVED,),
     ),
     Part(
         "networkd",

@@ -1,4 +1,4 @@
-"""Render the templates: how vmnet is called where there is no environment, in the spelling of each kind of file."""
+"""Render the templates: how vmnet is called where there is no environment, and where names of guests are asked."""
 
 import re
 import shlex
@@ -8,7 +8,7 @@ from vmnet.hooks.call import Call
 from vmnet.hooks.parts import File
 from vmnet.hooks.seal import seal
 
-_TOKEN = re.compile(r"@(COMMAND|ENVIRONMENT|SANDBOX)@")
+_TOKEN = re.compile(r"@(COMMAND|ENVIRONMENT|SANDBOX|DOMAIN|PORT)@")
 _BARE = re.compile(r"[A-Za-z0-9/_.,:=+-]+")
 # systemd's path_is_safe for ExecStart= knows no quotes and backslashes; a $ in the first word is not undoubled.
 _NO_PROGRAM = re.compile(r"[\"'\\$]")
@@ -26,6 +26,8 @@ def render(file: File, call: Call) -> bytes:
             for name, value in call.environment.items()
         ),
         "SANDBOX": (folder / "systemd" / "sandbox.conf").read_text() if is_unit else "",
+        "DOMAIN": call.settings.domain,
+        "PORT": str(call.settings.plane.dns_port + 1),  # the spelling of native guests is the host's, too
     }
     text = (folder / file.template).read_text()
     return seal(_TOKEN.sub(lambda token: values[token[1]], text))
