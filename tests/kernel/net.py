@@ -203,7 +203,7 @@ class Laptop(Machine):
         return [self.boot(info) for info in self.vmnet("create", *names, *options, "--json").json]
 
     def boot(self, info: dict[str, Any], *, configured: bool = True) -> "Guest":
-        """Return the running guest that `info`, its JSON, describes; not `configured`, its NIC has a MAC and no more."""
+        """Return the running guest that `info`, its JSON, describes; its NIC has but a MAC if not `configured`."""
         if info["kind"] == "veth":
             path = info["netns"] if info["netns"].startswith("/") else f"/run/netns/{info['netns']}"
             fd = os.open(self.path(path), os.O_RDONLY | os.O_CLOEXEC)
@@ -259,8 +259,10 @@ class Laptop(Machine):
         with self.entered():
             for top in ("ipv4", "ipv6"):
                 for path in Path("/proc/sys/net", top).rglob("*"):
-                    # Until it is set, a stable_secret cannot be read (EIO); flush files cannot ever.
-                    if path.is_file() and path.stat().st_mode & 0o444 and path.name != "stable_secret":
+                    # Until it is set, a stable_secret cannot be read (EIO); flush files cannot ever. The key of fast
+                    # open is the kernel's own, made when the first server offers that, as dnsmasq does.
+                    skipped = path.name in ("stable_secret", "tcp_fastopen_key")
+                    if path.is_file() and path.stat().st_mode & 0o444 and not skipped:
                         values[str(path)] = path.read_text()
         return values
 

@@ -27,8 +27,8 @@ _PATIENCE = 15.0  # seconds that the keeper has to try everything once
 _UNIT = "vmnet-dnsmasq.service"
 # What dnsmasq needs: devices and neighbours, raw and low ports, another user, and to reach files wherever they lie.
 _SANDBOX = (
-    "CapabilityBoundingSet=CAP_NET_ADMIN CAP_NET_RAW CAP_NET_BIND_SERVICE CAP_SETUID CAP_SETGID CAP_KILL "
-    "CAP_DAC_OVERRIDE CAP_CHOWN",
+    "CapabilityBoundingSet=CAP_NET_ADMIN CAP_NET_RAW CAP_NET_BIND_SERVICE CAP_SETUID CAP_SETGID",
+    "CapabilityBoundingSet=CAP_KILL CAP_DAC_OVERRIDE CAP_CHOWN",
     "NoNewPrivileges=yes", "ProtectSystem=strict", "ProtectHome=read-only", "PrivateTmp=yes", "PrivateDevices=yes",
     "ProtectKernelTunables=yes", "ProtectKernelModules=yes", "ProtectKernelLogs=yes", "ProtectControlGroups=yes",
     "ProtectClock=yes", "ProtectHostname=yes", "RestrictNamespaces=yes", "RestrictRealtime=yes",
