@@ -154,7 +154,7 @@ class Answers:
         }
 
     def _lacks_dnsmasq(self) -> bool:
-        return not any(map(os.path.exists, _PROGRAM))
+        return not any(os.access(program, os.X_OK) for program in _PROGRAM)
 
     def _complain(self, leases: Sequence[Lease]) -> None:
         """Say what keeps guests from being answered."""
