@@ -349,7 +349,8 @@ def test_each_step_is_shown_as_it_is_done(laptop: Laptop, run: Run) -> None:
     assert "ip addr del 127.0.0.1/8 dev lo" in commands
     assert "ip netns add a && ip -n a link set lo up alias vmnet:a" in commands
     assert "ip link set vmn-a up" in commands
-    assert commands[-1].startswith(f"editor {laptop.hosts_file}  # the block of vmnet: 127.1.0.2 a.vmnet.internal")
+    assert f"editor {laptop.hosts_file}  # the block of vmnet: 127.1.0.2 a.vmnet.internal" in commands
+    assert "dnsmasq --conf-file=" in commands[-1]
     assert run("delete", "a", "-v").err.splitlines()[0] == "ip link del vmn-a"
 
 

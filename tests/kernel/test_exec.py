@@ -103,6 +103,8 @@ def test_programs_find_other_guests_and_reach_them(host: Laptop, warm: Warm, mod
     host.path("/etc/nsswitch.conf").write_text("hosts: files dns\n")
     warm.vmnet(host, "create", "web", "--kind", "veth", f"--{mode}")
     host.boot(warm.vmnet(host, "create", "db", "--kind", "veth", "--json").json[0]).serve()
-    ask = "import socket as s, sys; print([s.create_connection((name, 7), 10).getpeername()[0] for name in sys.argv[1:]])"
+    ask = (
+        "import socket as s, sys; print([s.create_connection((name, 7), 10).getpeername()[0] for name in sys.argv[1:]])"
+    )
     said = warm.vmnet(host, "exec", "web", "--", "python3", "-c", ask, "db", "db.vmnet.internal").out
     assert said == f"{[spelled, spelled]}\n"
