@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.kernel.net import Laptop
+from tests.kernel.warm import Warm
 
 TUNSETIFF = 0x400454CA
 TAP, TUN, NO_PI, MULTI_QUEUE = 0x2, 0x1, 0x1000, 0x100
@@ -96,10 +97,48 @@ def test_whoever_cannot_leave_a_guests_namespace_ends_there(laptop: Laptop) -> N
     if not shutil.which("strace"):
         pytest.skip("strace is missing: bin/test installs it")
     laptop.vmnet("carve")
-    barred = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=setns", "-e", "inject=setns:error=EPERM:when=1"]
+    barred = ["strace", "-qq", "-o", "/dev/null", "-e", "trace=setns", "-e", "inject=setns:error=EPERM:when=1"]
     done = laptop.execute(*barred, sys.executable, "-m", "vmnet", "create", "web", "--kind", "veth")
     assert (done.code, done.out) == (1, "")
     assert done.err.startswith("vmnet: the way back into the host's network namespace is barred")
     laptop.vmnet("up")
     assert laptop.vmnet("plan").out == ""
     assert laptop.vmnet("list", "--json").json[0]["state"] == "up"
+
+
+SNATCH = f"""
+import fcntl, os, struct
+request = struct.pack("16sH22x", b"vmn-vm", {TAP | NO_PI | MULTI_QUEUE})
+print("trying", flush=True)
+while True:
+    handle = os.open("/dev/net/tun", os.O_RDWR)
+    try:
+        fcntl.ioctl(handle, {TUNSETIFF}, request)
+    except PermissionError:
+        os.close(handle)
+    else:
+        break
+print("in", flush=True)
+input()
+"""
+
+
+@pytest.mark.root
+@pytest.mark.skipif(not shutil.which("strace"), reason="needs strace, to slow vmnet down")
+def test_nobody_opens_a_tap_with_queues_before_it_has_an_owner(anybodys: Laptop, warm: Warm) -> None:
+    laptop = anybodys
+    rights = ["setpriv", "--reuid=4321", "--regid=4321", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all"]
+    other = laptop.start(*rights, "/usr/bin/python3", "-I", "-c", SNATCH)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "trying\n"
+    slow = ["-e", "trace=ioctl", "-e", "inject=ioctl:delay_exit=100000", "-o", "/dev/null"]
+    refused = warm.vmnet(laptop, "create", "vm", "--queues", "2", "--owner", "1234", check=False, strace=slow)
+    assert other.stdout.readline() == "in\n"
+    assert (refused.code, refused.out) == (1, "")
+    assert refused.err.startswith("vmnet: another program opened vmn-vm before it was anybody's")
+    assert "vmn-vm" not in laptop.links()
+    assert warm.vmnet(laptop, "list", "--json").json == []
+    other.communicate("\n", timeout=30)
+    warm.vmnet(laptop, "create", "vm", "--queues", "2", "--owner", "1234")
+    flags = TAP | NO_PI | MULTI_QUEUE
+    assert opened(laptop, "vmn-vm", flags, uid=1234, times=2) == PERMITTED

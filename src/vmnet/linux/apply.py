@@ -192,8 +192,7 @@ class _Run:
             case DelNetns():
                 self._places.delete(op.path)
             case AddTun():
-                self._tuns[op.device] = _open_tun(op, index=op.ifindex)
-                fcntl.ioctl(self._tuns[op.device], _TUNSETOWNER, op.owner)
+                self._add_tun(op)
             case PersistTun():
                 handle = self._tuns.pop(op.device, -1)
                 if handle < 0:
@@ -216,6 +215,21 @@ class _Run:
                 iptables.put(op)
             case WriteNames() | WriteAnswers() | RunAnswers() | EndAnswers():
                 raise TypeError(f"{op} is not for the kernel")
+
+    def _add_tun(self, op: AddTun) -> None:
+        """Make a tun or tap, gone with this process; raises KernelRefused where another program has it open, too.
+
+        Until it has an owner, anybody may open one with several queues (drivers/net/tun.c, tun_not_capable).
+        """
+        self._tuns[op.device] = _open_tun(op, index=op.ifindex)
+        fcntl.ioctl(self._tuns[op.device], _TUNSETOWNER, op.owner)
+        netlink = self._places.host
+        link = netlink.get(Message(RTM_GETLINK, 0, wire.link_query(op.device))) if op.queues > 1 else None
+        if link and wire.parse_queues(link) != 1:
+            netlink.send([Message(RTM_DELLINK, 0, wire.link_header() + text(wire.IFLA_IFNAME, op.device))])
+            raise KernelRefused(
+                f"another program opened {op.device} before it was anybody's", hint="end that program, then try again"
+            )
 
     def _send(self, place: str, batch: Sequence[tuple[int, Op]]) -> None:
         try:

@@ -29,6 +29,7 @@ _SKIP_STATISTICS = 8
 _IFLA_LINK_NETNSID = 37
 _NETNSA_NSID, _NETNSA_FD = 1, 3  # include/uapi/linux/net_namespace.h
 _TUN_OWNER, _TUN_TYPE, _TUN_PERSIST, _TUN_MULTI_QUEUE = 1, 3, 6, 7
+_TUN_NUM_QUEUES, _TUN_NUM_DISABLED_QUEUES = 8, 9  # only of those with several
 _NOBODY = 0xFFFFFFFF
 
 # IPV4_DEVCONF_* of include/uapi/linux/ip.h
@@ -115,6 +116,13 @@ def parse_link(body: bytes) -> Link:
         multi_queue=multi_queue,
         persist=persist,
     )
+
+
+def parse_queues(body: bytes) -> int:
+    """Return how many queues of a tap with several, described by an RTM_NEWLINK, programs have open."""
+    info = parse_attrs(parse_attrs(body, 16).get(IFLA_LINKINFO, b""))
+    data = parse_attrs(info.get(_IFLA_INFO_DATA, b""))
+    return sum(int.from_bytes(data.get(kind, b""), "little") for kind in (_TUN_NUM_QUEUES, _TUN_NUM_DISABLED_QUEUES))
 
 
 def parse_name(body: bytes) -> str:
