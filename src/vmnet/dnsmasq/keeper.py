@@ -7,13 +7,11 @@ what nobody tells of: the host's resolvers, a file or a symlink that anybody may
 import fcntl
 import os
 import select
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmnet.dnsmasq.held import holders, with_holders
@@ -30,36 +28,39 @@ _SYSTEMS_PIDS = (Path("/run/dnsmasq/dnsmasq.pid"), Path("/run/dnsmasq.pid"))
 _PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 
 
-@dataclass
 class _Server:
     """One dnsmasq: the pidfd of its process, the settings it runs by, and when it may be tried again."""
 
-    handle: int | None = None
-    conf: str | None = None
-    read: tuple[object, ...] = ()
-    pause: float = 1.0
-    again: float = 0.0
-    started: float = 0.0
-    problem: str = ""
+    def __init__(self) -> None:
+        self.handle: int | None = None
+        self.conf: str | None = None
+        self.read: tuple[object, ...] = ()
+        self.starting: subprocess.Popen[str] | None = None
+        self.pause = 1.0
+        self.again = self.started = 0.0
+        self.problem = ""
 
 
-@dataclass
 class Keeper:
-    """Keeps each dnsmasq of `folder` until it is told to stop."""
+    """Keeps each dnsmasq of `folder` until it is told to stop. (No dataclass: to make one takes long.)"""
 
-    folder: Path
-    leases: Path
-    resolv: Path
-    _servers: dict[str, _Server] = field(default_factory=lambda: {name: _Server() for name in SERVERS})
-    _stop: bool = False
-    _problems: str | None = None
-    _names: tuple[object, ...] = ()
+    def __init__(self, folder: Path, leases: Path, resolv: Path) -> None:
+        self.folder = folder
+        self.leases = leases
+        self.resolv = resolv
+        self._servers = {name: _Server() for name in SERVERS}
+        self._stop = False
+        self._problems: str | None = None
+        self._names: tuple[object, ...] = ()
 
     def keep(self, wakeup: int) -> None:
         """Keep them; `wakeup` becomes readable with each signal."""
         while not self._stop:
             for name, server in self._servers.items():
                 self._look(name, server)
+            for name, server in self._servers.items():
+                if server.starting:
+                    self._finish(name, server, server.starting)
             self._tell()
             self._tell_system()
             poll = select.poll()
@@ -120,24 +121,26 @@ class Keeper:
             server.started, server.again = now, now + server.pause
             # It reads them after this, so what it is told later is never too much.
             server.read = self._stamps(name)
-            server.problem = self._run(name)
-            if not server.problem:
-                replace(running, conf)
-                there = find_server(self.folder, name)
+            (self.folder / f"{name}.pid").unlink(missing_ok=True)
+            null, argv = subprocess.DEVNULL, ["dnsmasq", conf_word(self.folder, name), *_as_root(self.folder)]
+            try:
+                server.starting = subprocess.Popen(
+                    argv, stdin=null, stdout=null, stderr=subprocess.PIPE, text=True, errors="replace",
+                    env={"PATH": _PATH}, cwd="/",
+                )  # fmt: skip
+            except OSError as error:
+                server.problem = f"it cannot be run: {error.strerror}"
         server.handle, server.conf = there, conf
 
-    def _run(self, name: str) -> str:
-        """Start one; return what was wrong."""
-        program = shutil.which("dnsmasq", path=_PATH)
-        if program is None:
-            return "dnsmasq is missing"
-        (self.folder / f"{name}.pid").unlink(missing_ok=True)
-        argv = [program, conf_word(self.folder, name), *_as_root(self.folder)]
-        done = subprocess.run(
-            argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False, cwd="/"
-        )
-        words = done.stderr.strip().removeprefix("dnsmasq: ")
-        return "" if done.returncode == 0 else words or f"dnsmasq ended with exit code {done.returncode}"
+    def _finish(self, name: str, server: _Server, starting: "subprocess.Popen[str]") -> None:
+        """Wait until one has gone into the background, and learn what was wrong."""
+        words = starting.communicate()[1].strip().removeprefix("dnsmasq: ")
+        server.starting, server.problem = None, ""
+        if starting.returncode:
+            server.problem = words or f"it ended with exit code {starting.returncode}"
+        else:
+            replace(self.folder / f"{name}.running", server.conf or "")
+            server.handle = find_server(self.folder, name)
 
     def _tell_system(self) -> None:
         """Have the system's dnsmasq read the hosts file, which is written before ours, where names have changed."""
