@@ -186,6 +186,21 @@ class SetNeighbour(NamedTuple):
         return f"{ip} neigh replace {self.address} lladdr {self.mac} dev {self.device} nud permanent"
 
 
+class DelNeighbour(NamedTuple):
+    """Forget a neighbour that somebody has made known for good."""
+
+    device: str
+    ifindex: int
+    address: str
+    mac: str
+
+    def __str__(self) -> str:
+        return f"- neighbour {self.address} is {self.mac} on {self.device}"
+
+    def command(self) -> str:
+        return f"ip neigh del {self.address} dev {self.device}"
+
+
 class AddNetns(NamedTuple):
     """Make a network namespace at a path, marked as ours by the alias of its lo."""
 
@@ -514,7 +529,7 @@ class EndAnswers(NamedTuple):
 
 
 Op: TypeAlias = (
-    AddRoute | DelRoute | AddAddress | DelAddress | PutBackAddress | SetNeighbour | AddNetns | DelNetns | AddVeth
-    | AddTun | PersistTun | DelLink | SetLink | SetConf | SetSysctl | AddClsact | DelFilter | SetFilter | LoadRules
-    | DelRules | ForgetFlows | PutRules | WriteNames | WriteAnswers | RunAnswers | EndAnswers
+    AddRoute | DelRoute | AddAddress | DelAddress | PutBackAddress | SetNeighbour | DelNeighbour | AddNetns | DelNetns
+    | AddVeth | AddTun | PersistTun | DelLink | SetLink | SetConf | SetSysctl | AddClsact | DelFilter | SetFilter
+    | LoadRules | DelRules | ForgetFlows | PutRules | WriteNames | WriteAnswers | RunAnswers | EndAnswers
 )  # fmt: skip

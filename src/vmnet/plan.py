@@ -29,6 +29,7 @@ from vmnet.ops import (
     DelAddress,
     DelFilter,
     DelLink,
+    DelNeighbour,
     DelNetns,
     DelRoute,
     DelRules,
@@ -405,6 +406,10 @@ def _plan_host_side(desired: Guest, link: Link, observed: Side) -> list[Op]:
         ops.append(SetLink(HOST, name, index, up=True))
     ops += [DelRoute(HOST, route, index) for route in sorted(observed.routes - desired.host.routes, key=str)]
     ops += [AddRoute(HOST, route, index, "prepend") for route in sorted(desired.host.routes - observed.routes)]
+    known = {address for address, _ in desired.host.neighbours}
+    ops += [
+        DelNeighbour(name, index, address, mac) for address, mac in sorted(observed.neighbours) if address not in known
+    ]
     ops += [
         SetNeighbour(HOST, name, index, address, mac)
         for address, mac in sorted(desired.host.neighbours - observed.neighbours)

@@ -127,6 +127,8 @@ def on_side(side: Side, op: Op) -> Side:
             return replace(side, routes=side.routes | {op.route})
         case ops.DelRoute():
             return replace(side, routes=side.routes - {op.route})
+        case ops.DelNeighbour():
+            return replace(side, neighbours=side.neighbours - {(op.address, op.mac)})
         case ops.SetNeighbour():
             kept = {one for one in side.neighbours if one[0] != op.address}
             return replace(side, neighbours=frozenset(kept | {(op.address, op.mac)}))

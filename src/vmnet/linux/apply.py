@@ -26,6 +26,7 @@ from vmnet.linux.netlink import (
     NLM_F_REPLACE,
     RTM_DELADDR,
     RTM_DELLINK,
+    RTM_DELNEIGH,
     RTM_DELROUTE,
     RTM_DELTFILTER,
     RTM_GETLINK,
@@ -53,6 +54,7 @@ from vmnet.ops import (
     DelAddress,
     DelFilter,
     DelLink,
+    DelNeighbour,
     DelNetns,
     DelRoute,
     DelRules,
@@ -91,6 +93,7 @@ _SETTLED: dict[type, frozenset[int]] = {
     DelLink: frozenset({errno.ENODEV}),
     AddClsact: frozenset({errno.EEXIST}),
     DelFilter: frozenset({errno.ENOENT, errno.EINVAL}),
+    DelNeighbour: frozenset({errno.ENOENT}),
 }
 # What a kernel may have been built without, its option, and its module.
 _FEATURES: dict[type, tuple[str, str, str]] = {
@@ -312,6 +315,10 @@ def _set_filter(op: SetFilter) -> Message:
     return Message(RTM_NEWTFILTER, NLM_F_CREATE, body)
 
 
+def _del_neighbour(op: DelNeighbour) -> Message:
+    return Message(RTM_DELNEIGH, 0, wire.neighbour(op.ifindex, op.address, op.mac))
+
+
 def _set_neighbour(op: SetNeighbour) -> Message:
     return Message(RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, wire.neighbour(op.ifindex, op.address, op.mac))
 
@@ -328,9 +335,10 @@ _ENCODERS: dict[type, Callable[[Any], Message]] = {
     AddRoute: _add_route,
     DelRoute: lambda op: Message(RTM_DELROUTE, 0, wire.route(op.route, op.ifindex)),
     SetNeighbour: _set_neighbour,
+    DelNeighbour: _del_neighbour,
     DelLink: lambda op: Message(RTM_DELLINK, 0, wire.link_header(op.ifindex)),
 }
-_HostOnly: TypeAlias = AddVeth | AddClsact | SetFilter | DelFilter
+_HostOnly: TypeAlias = AddVeth | AddClsact | SetFilter | DelFilter | DelNeighbour
 
 
 def _link_changes(op: SetLink) -> bytes:

@@ -284,7 +284,7 @@ def parse_route(body: bytes, names: dict[int, str]) -> tuple[int, int, Route]:
 
 
 def neighbour(index: int, ip: str, mac: str) -> bytes:
-    """Return the body of RTM_NEWNEIGH for a neighbour that is known for good."""
+    """Return the body of RTM_NEWNEIGH and RTM_DELNEIGH for a neighbour that is known for good."""
     header = _NEIGHBOUR.pack(socket.AF_INET, 0, index, _NUD_PERMANENT, 0, 0)
     return header + attr(_NDA_DST, socket.inet_aton(ip)) + attr(_NDA_LLADDR, mac_bytes(mac))
 
