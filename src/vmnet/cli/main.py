@@ -19,6 +19,7 @@ from typer.exceptions import TyperException
 from vmnet import __version__
 from vmnet.cli import run as runs
 from vmnet.cli.hooks import hooks
+from vmnet.cli.nextstep import libvirt_interface, qemu_arguments
 from vmnet.cli.run import cannot_run
 from vmnet.cli.show import Reporter, as_json, print_guests, print_ops, say
 from vmnet.engine import Engine, Seen
@@ -170,10 +171,17 @@ def show(
     user_data: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The user-data for cloud-init, in place of vmnet's.")
     ] = None,
+    qemu: Annotated[bool, typer.Option("--qemu", help="Print the arguments that give qemu the tap.")] = False,
+    libvirt: Annotated[bool, typer.Option("--libvirt", help="Print the XML that gives libvirt the tap.")] = False,
     json_: Json = False,
 ) -> None:
     """Show one guest, with all that its programs may want to know."""
     with _engine() as engine:
+        if qemu or libvirt:
+            lease = engine.lease(check_name(name))
+            words = qemu_arguments(lease) if qemu else libvirt_interface(lease)
+            say(json.dumps(words) if json_ else words if isinstance(words, str) else " ".join(words))
+            return
         if cloud_init or seed or user_data:
             from vmnet.cli.seed import show_cloud_init
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import typer
 
+from vmnet.cli.nextstep import next_step
 from vmnet.engine import Seen
 from vmnet.hooks import is_installed
 from vmnet.model import KernelRefused
@@ -80,7 +81,7 @@ def print_guests(guests: Sequence[Seen], settings: Settings, *, created: bool = 
     ]  # fmt: skip
     print_table(rows)
     if created and len(guests) == 1 and sys.stdout.isatty():
-        say(_next_step(guests[0]))
+        say(f"\n{next_step(guests[0].lease)}")
         if not is_installed():
             say("after a reboot it comes back by itself once `vmnet hooks install` has been run")
 
@@ -93,15 +94,6 @@ def print_table(rows: Sequence[tuple[str, ...]]) -> None:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
         )
     )
-
-
-def _next_step(seen: Seen) -> str:
-    lease = seen.lease
-    if lease.kind == "veth":
-        return f"\nnext: vmnet exec {lease.name} -- CMD runs a command in it"
-    if lease.kind == "tun":
-        return f"\nnext: open the tun device {lease.device}"
-    return f"\nnext: start a VM on the tap device {lease.device} with MAC {lease.mac}"
 
 
 def print_ops(ops: "Sequence[Op | Step]", *, json_: bool, verbose: bool) -> None:
