@@ -312,6 +312,19 @@ class Engine:
                 problems[""] = error
         return problems
 
+    def drift(self) -> tuple[list[Op], dict[str, VmnetError]]:
+        """Return the ops of `keep`, as far as the caller may see, and what is in the way of guests, by their names."""
+        with self._reading() as store:
+            if not self._host.is_wished_up(store):
+                return [], {}
+            every = store.leases()
+            by = {wish: [one for one in every if one.wish == wish] for wish in ("up", "down", "deleting")}
+            problems: dict[str, VmnetError] = {}
+            ops = self._host.plan_up(store) + self._guests.plan_up(by["up"], problems)
+            ops += self._guests.plan_down(by["down"], keep_netns=True)
+            ops += self._guests.plan_down(by["deleting"], keep_netns=False)
+            return ops + self.platform.orphans([one.name for one in every]) + self._names.plan(every), problems
+
     def keep_or_raise(self) -> None:
         """Make the kernel match the records as they are; raises the first of what stays wrong."""
         self._raise_first(self.keep())

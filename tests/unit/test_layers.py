@@ -42,13 +42,18 @@ ALLOWED: dict[str, set[str]] = {
     "truces": set(),
     "watch": {"", "engine", "model", "ops", "platform", "signs", "truces"},
     "hooks": {"", "hooks", "model", "settings", "systemd"},
+    "doctor": set(),
+    "questions": {"doctor"},
+    "checkup": {
+        "dnsmasq", "doctor", "engine", "hooks", "model", "ops", "plan", "platform", "questions", "settings", "signs",
+    },
     "cli": {
-        "", "cli", "cloudinit", "engine", "hooks", "linux", "model", "ops", "plan", "platform", "seed", "settings",
+        "", "checkup", "cli", "cloudinit", "doctor", "engine", "hooks", "linux", "model", "ops", "plan", "platform", "seed", "settings",
         "signs", "specs", "systemd", "watch",
     },
     "__main__": {"cli"},
 }  # fmt: skip
-PURE = {"flows", "model", "ipam", "filters", "ops", "firewalls", "plan"}
+PURE = {"doctor", "flows", "model", "ipam", "filters", "ops", "firewalls", "plan"}
 # What does I/O, or makes two calls with the same arguments differ.
 IMPURE = {
     "os", "io", "pathlib", "socket", "subprocess", "time", "datetime", "random", "secrets", "sqlite3", "tempfile",

@@ -293,6 +293,14 @@ def watch(
     program.run(_open_engine, paths, interval=interval, metrics=file, as_json=json_)
 
 
+@app.command()
+def doctor(json_: Json = False) -> None:
+    """Say what is wrong on this host, what shows it, and what to do: exit 0 when nothing is, 10 otherwise."""
+    from vmnet.cli.doctor import show_findings
+
+    raise typer.Exit(show_findings(_open_engine, as_json=json_))
+
+
 @app.command("exec", context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
 def exec_(name: Name, command: Command) -> None:
     """Run CMD in a guest's network namespace, as ip netns exec does; its exit code is CMD's."""
