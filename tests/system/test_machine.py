@@ -49,6 +49,10 @@ _TRACES = {
     "units": "systemctl list-unit-files --no-legend --plain | awk '$2 != \"transient\" {print $1, $2}'",
 }
 
+_ANSWERED = """
+test "$(pgrep -c -x dnsmasq)" = 3 && systemctl -q is-active vmnet-dnsmasq &&
+/root/vmnet/bin/vmnet exec web -- getent ahostsv4 myvm.vmnet.internal | grep -q '^127.1.0.2 '
+"""
 # What befalls a laptop, and how to see that it is put right.
 _DAMAGES = {
     "ip addr del 247.1.0.5/30 dev vmn-web": "ip addr show dev vmn-web | grep -q 247.1.0.5/30",
@@ -57,6 +61,9 @@ _DAMAGES = {
     "ip link del vmn-web": "ip addr show dev vmn-web | grep -q 247.1.0.5/30",
     "ip addr add 127.0.0.1/8 dev lo": "! ip addr show dev lo | grep -q 127.0.0.1/8",
     "sysctl net.ipv4.ip_forward=0": "sysctl -n net.ipv4.ip_forward | grep 1",
+    "systemctl kill --signal=KILL vmnet-dnsmasq": _ANSWERED,
+    "systemctl stop vmnet-dnsmasq": _ANSWERED,
+    "pkill -KILL -x dnsmasq": _ANSWERED,
 }
 
 
@@ -149,6 +156,7 @@ def test_the_main_job_and_a_move(machine: Booted, lab: Lab) -> None:
     serve(machine, *WEB)
     assert_all_is_well(machine, web)
     assert lab.internet.tcp(uplink_address(machine)) == b"hello"
+    machine.run("sh", "-c", _ANSWERED)
     assert_nobody_gets_in(machine, home, web)
 
     for what in (
@@ -202,6 +210,7 @@ def test_a_reboot_with_the_service_and_no_trace_after_it(machine: Booted) -> Non
     status = machine.run("sh", "-c", "cat /proc/$(systemctl show -P MainPID vmnet-watch)/status")
     assert {"NoNewPrivs:\t1", "Seccomp:\t2"} <= set(status.splitlines())
     machine.run("systemd-analyze", "security", "--threshold=55", "vmnet-watch.service")
+    machine.run("systemd-analyze", "security", "--threshold=55", "vmnet-dnsmasq.service")
     machine.run("sh", "-c", "systemd-analyze verify /etc/systemd/system/vmnet*.service")
 
     for damage, healed in _DAMAGES.items():
@@ -218,6 +227,8 @@ def test_a_reboot_with_the_service_and_no_trace_after_it(machine: Booted) -> Non
     vmnet(machine, "hooks", "uninstall")
     vmnet(machine, "restore", "--purge")
     assert vmnet(machine, "list", "--json").strip() == "[]"
+    assert machine.execute("systemctl", "is-active", "vmnet-dnsmasq").out.strip() == "inactive"
+    assert machine.execute("pgrep", "-x", "dnsmasq").out == ""
     after = traces(machine)
     for what, was in before.items():
         assert after[what] == was, what
