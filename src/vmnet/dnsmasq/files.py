@@ -45,7 +45,8 @@ def render_tables(leases: Iterable[Lease], domain: str, plane: Plane) -> dict[st
     for lease in leases:
         address = lease.block.first + 2
         shadow = dotted(shadow_of(address, plane))
-        names = f"{lease.name}.{domain} {lease.name}\n"
+        short = "" if lease.name == "localhost" else f" {lease.name}"  # RFC 6761: that is each guest itself
+        names = f"{lease.name}.{domain}{short}\n"
         mapped.append(f"{shadow} {names}")
         native.append(f"{dotted(address)} {names}")
         if lease.mode == "mapped" and lease.mac:
