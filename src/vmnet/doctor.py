@@ -255,10 +255,10 @@ def _by_wire(sight: Sight) -> Iterator[Finding]:
         fix = _HOW_TO
     elif sight.parts.get(resolver.part) == frozenset({"current"}):
         fix = _AGAIN[resolver.part]
-    elif resolver.part in sight.parts:
-        fix = f"vmnet hooks install {resolver.part}"
-    else:
+    elif resolver.part == "resolved" and resolver.part not in sight.parts:  # one that knows no delegates
         fix = "ReadEtcHosts=yes in /etc/systemd/resolved.conf, and systemctl restart systemd-resolved"
+    else:
+        fix = f"vmnet hooks install {resolver.part}"
     yield Finding("warning" if any(reply.values for _, reply in wrong) else "note", what, evidence, fix)
 
 
