@@ -101,8 +101,8 @@ def boot(laptop: Laptop, *names: str, options: tuple[str, ...] = ()) -> list["VM
 class Line:
     """Our end of a serial port or of qemu's monitor."""
 
-    def __init__(self) -> None:
-        self._socket, self.theirs = socket.socketpair()
+    def __init__(self, ours: socket.socket) -> None:
+        self._socket = ours
         self._rest = b""
 
     def send(self, text: str) -> None:
@@ -124,68 +124,17 @@ class Line:
         self._socket.close()
 
 
-class VM:
-    """A VM that was started; the attributes are those of its guest's JSON."""
+class Booted:
+    """The tiny VM, whoever started it: its console, a file, its shell and its web server."""
 
-    def __init__(self, laptop: Laptop, info: dict[str, Any], *, mac: str = "", static: str = "") -> None:
+    def __init__(self, laptop: Laptop, name: str, address: str, console: Path, shell: Line) -> None:
         self._laptop = laptop
         self._runs = 0
         self._boots = 0
-        self.info = info
-        self.name: str = info["name"]
-        self.address: str = info["address"]
-        self.shadow: str = info["shadow"]
-        self.guest_gateway: str = info["guest_gateway"]
-        self.device: str = info["device"]
-        self.mac: str = mac or info["mac"]
-        self.console = laptop.folder / f"{self.name}-{len(list(laptop.folder.glob('*.console')))}.console"
-        self._monitor, self._shell = Line(), Line()
-        self._qemu = self._start(f"vmnet.ip={static} vmnet.gw={self.guest_gateway}" if static else "")
-        laptop.lab.at_exit(self._end)
-        self._monitor.until("\n", LIMIT)
-        self._ask("qmp_capabilities")
-
-    def _start(self, words: str) -> subprocess.Popen[bytes]:
-        files = vm_files()
-        monitor, shell = self._monitor.theirs, self._shell.theirs
-        command = [
-            *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none"),
-            *("-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-m", "128"),
-            *("-kernel", f"{files}/vmlinuz", "-initrd", f"{files}/initrd.img"),
-            *("-append", f"console=ttyS0 quiet panic=-1 {words}"),
-            *("-serial", f"file:{self.console}"),
-            *("-chardev", f"socket,id=shell,fd={shell.fileno()}", "-serial", "chardev:shell"),
-            *("-chardev", f"socket,id=monitor,fd={monitor.fileno()}", "-mon", "chardev=monitor,mode=control"),
-            *("-netdev", f"tap,id=n0,ifname={self.device},script=no,downscript=no"),
-            *("-device", f"virtio-net-pci,netdev=n0,mac={self.mac},romfile="),
-        ]
-        with monitor, shell, self.console.with_suffix(".qemu").open("wb") as log:
-            return subprocess.Popen(
-                self._laptop.command(*command),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=[monitor.fileno(), shell.fileno()],
-            )
-
-    def _end(self) -> None:
-        self.kill()
-        self._monitor.close()
-        self._shell.close()
-
-    def _ask(self, command: str) -> None:
-        """Give qemu a command of its monitor (QMP), and wait until it is carried out."""
-        self._monitor.send(json.dumps({"execute": command}) + "\n")
-        try:
-            while "return" not in (answer := json.loads(self._monitor.until("\n", LIMIT))):
-                assert "error" not in answer, f"{command}: {answer}"
-        except (EOFError, OSError) as error:
-            raise AssertionError(f"{self.name}, {command}: {error}\n{self._log()}") from error
-
-    def _log(self) -> str:
-        return "".join(
-            path.read_text(errors="replace")[-4000:] for path in self.console.parent.glob(f"{self.console.stem}.*")
-        )
+        self.name = name
+        self.address = address
+        self.console = console
+        self._shell = shell
 
     def says(self, word: str) -> list[dict[str, str]]:
         """Return what stands on the console so far in lines with `word`: their `key=value`s."""
@@ -227,6 +176,69 @@ class VM:
             raise AssertionError(f"{self.name}: {script}: {error}\n{self._log()}") from error
         assert not check or code == "0", f"{self.name}: {script}: {code}\n{output}"
         return output.strip()
+
+    def _log(self) -> str:
+        return "".join(
+            path.read_text(errors="replace")[-4000:] for path in self.console.parent.glob(f"{self.console.stem}.*")
+        )
+
+
+class VM(Booted):
+    """A VM that was started; the attributes are those of its guest's JSON."""
+
+    def __init__(self, laptop: Laptop, info: dict[str, Any], *, mac: str = "", static: str = "") -> None:
+        number = len(list(laptop.folder.glob("*.console")))
+        monitor, shell = socket.socketpair(), socket.socketpair()
+        self._monitor = Line(monitor[0])
+        super().__init__(
+            laptop, info["name"], info["address"], laptop.folder / f"{info['name']}-{number}.console", Line(shell[0])
+        )
+        self.info = info
+        self.shadow: str = info["shadow"]
+        self.guest_gateway: str = info["guest_gateway"]
+        self.device: str = info["device"]
+        self.mac: str = mac or info["mac"]
+        words = f"vmnet.ip={static} vmnet.gw={self.guest_gateway}" if static else ""
+        self._qemu = self._start(monitor[1], shell[1], words)
+        laptop.lab.at_exit(self._end)
+        self._monitor.until("\n", LIMIT)
+        self._ask("qmp_capabilities")
+
+    def _start(self, monitor: socket.socket, shell: socket.socket, words: str) -> subprocess.Popen[bytes]:
+        files = vm_files()
+        command = [
+            *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none"),
+            *("-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-m", "128"),
+            *("-kernel", f"{files}/vmlinuz", "-initrd", f"{files}/initrd.img"),
+            *("-append", f"console=ttyS0 quiet panic=-1 {words}"),
+            *("-serial", f"file:{self.console}"),
+            *("-chardev", f"socket,id=shell,fd={shell.fileno()}", "-serial", "chardev:shell"),
+            *("-chardev", f"socket,id=monitor,fd={monitor.fileno()}", "-mon", "chardev=monitor,mode=control"),
+            *("-netdev", f"tap,id=n0,ifname={self.device},script=no,downscript=no"),
+            *("-device", f"virtio-net-pci,netdev=n0,mac={self.mac},romfile="),
+        ]
+        with monitor, shell, self.console.with_suffix(".qemu").open("wb") as log:
+            return subprocess.Popen(
+                self._laptop.command(*command),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[monitor.fileno(), shell.fileno()],
+            )
+
+    def _end(self) -> None:
+        self.kill()
+        self._monitor.close()
+        self._shell.close()
+
+    def _ask(self, command: str) -> None:
+        """Give qemu a command of its monitor (QMP), and wait until it is carried out."""
+        self._monitor.send(json.dumps({"execute": command}) + "\n")
+        try:
+            while "return" not in (answer := json.loads(self._monitor.until("\n", LIMIT))):
+                assert "error" not in answer, f"{command}: {answer}"
+        except (EOFError, OSError) as error:
+            raise AssertionError(f"{self.name}, {command}: {error}\n{self._log()}") from error
 
     def pause(self) -> None:
         """Stop the VM's processor."""
