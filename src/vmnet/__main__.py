@@ -1,5 +1,12 @@
-"""`python -m vmnet`: the command line."""
+"""`python -m vmnet`: the command line, or what libvirt calls, which has no time for all that the former loads."""
 
-from vmnet.cli import main
+import sys
 
-main()
+if sys.argv[1:2] == ["libvirt-hook"]:
+    from vmnet.libvirt.hook import main as hook
+
+    sys.exit(hook(sys.argv[2:]))
+else:
+    from vmnet.cli import main
+
+    main()

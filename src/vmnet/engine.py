@@ -36,7 +36,7 @@ from vmnet.plan import GuestView, dotted, plan_guest, shadow_of
 from vmnet.platform import Platform, Report, Resolver
 from vmnet.settings import Paths, Settings
 from vmnet.specs import Asking, GuestSpec
-from vmnet.store import RecordsUnreadable, Store
+from vmnet.store import DomainKey, RecordsUnreadable, Store
 
 # Each time somebody else got further: this many in a row are no coincidence.
 _RUNS = 64
@@ -403,6 +403,33 @@ class Engine:
         address = shadow_of(gateway, self.settings.plane) if lease.mode == "mapped" else gateway
         resolver = Resolver(dotted(address), self.settings.domain, lease.mode)
         self.platform.execute(lease.netns.path, lease.netns.identity, argv, resolver)
+
+    # Guests of libvirt's domains
+
+    def claim(self, spec: GuestSpec, key: DomainKey) -> None:
+        """Have the tap of a domain's interface there, made now or before, and record whose it is.
+
+        Raises Conflict where another domain uses it.
+        """
+        with self._reading() as store:
+            lease, holder = store.lease(spec.name), store.domain(spec.name)
+        if lease and holder and holder.uuid != key.uuid and self.platform.is_open(lease.device):
+            raise Conflict(
+                f"{lease.device} is in use by another domain, of UUID {holder.uuid}",
+                hint="give this one a guest of its own: another NAME in <target dev='vmn-NAME' managed='no'/>",
+            )
+        for made in self.create([spec])[0]:
+            if made.wish != "up":
+                self.up([made.name])
+        with self._writing(dry_run=False) as store:
+            store.set_domain(spec.name, key)
+
+    def unclaim(self, name: str, uuid: str) -> None:
+        """Take the device of a guest away whose domain has ended, and keep the record."""
+        with self._reading() as store:
+            holder = store.domain(name)
+        if holder and holder.uuid == uuid:
+            self.down([name])
 
     # The host part
 

@@ -18,7 +18,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self, TypeAlias, TypeVar
+from typing import Literal, NamedTuple, Self, TypeAlias, TypeVar
 
 from netaddr import IPAddress
 
@@ -72,12 +72,22 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         """CREATE TABLE host (
             wish TEXT NOT NULL, boot_id TEXT NOT NULL, netns_device INTEGER NOT NULL,
             netns_inode INTEGER NOT NULL) STRICT""",
+        # Which domain of libvirt's a guest belongs to; it goes with the guest.
+        """CREATE TABLE domain (
+            name TEXT PRIMARY KEY, uuid TEXT NOT NULL, mac TEXT NOT NULL) STRICT""",
     ),
 )
 
 
 class RecordsUnreadable(Conflict):
     """The file of records is damaged, one of a newer vmnet, or not one of vmnet's."""
+
+
+class DomainKey(NamedTuple):
+    """What tells one interface of libvirt's domains from another: the domain's UUID, and the MAC."""
+
+    uuid: str
+    mac: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +247,19 @@ class Store:
                 f" SELECT block, name, ?, {_IS_ALLOCATABLE.format('lease.block')} FROM lease WHERE name = ?",
                 [(freed, name) for name in dict.fromkeys(names)],
             )
+            db.executemany("DELETE FROM domain WHERE name = ?", [(name,) for name in names])
             db.executemany("DELETE FROM lease WHERE name = ?", [(name,) for name in names])
+
+    def domain(self, name: str) -> DomainKey | None:
+        """Return which domain of libvirt's a guest belongs to, None for one that libvirt does not know."""
+        with self._reading() as db:
+            row = db.execute("SELECT uuid, mac FROM domain WHERE name = ?", (name,)).fetchone()
+            return None if row is None else DomainKey(*row)
+
+    def set_domain(self, name: str, key: DomainKey) -> None:
+        """Record which domain of libvirt's a guest belongs to."""
+        with self._writing() as db:
+            db.execute("INSERT OR REPLACE INTO domain (name, uuid, mac) VALUES (?, ?, ?)", (name, *key))
 
     def host(self) -> HostRecord | None:
         """Return what is recorded of the host part, None before the first `set_host`."""

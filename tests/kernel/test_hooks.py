@@ -24,6 +24,7 @@ SANDBOX = Path(__file__).with_name("sandbox.py")
 WATCHER = "/etc/systemd/system/vmnet-watch.service"
 PARTS = [
     "systemd", "sysvinit", "networkmanager", "networkmanager-dns", "dnsmasq", "resolved", "networkd", "udev", "sysctl",
+    "libvirt",
     "firewalld",
 ]  # fmt: skip
 

@@ -48,10 +48,11 @@ ALLOWED: dict[str, set[str]] = {
         "dnsmasq", "doctor", "engine", "hooks", "model", "ops", "plan", "platform", "questions", "settings", "signs",
     },
     "cli": {
-        "", "checkup", "cli", "cloudinit", "doctor", "engine", "hooks", "linux", "model", "ops", "plan", "platform", "seed", "settings",
-        "signs", "specs", "systemd", "watch",
+        "", "checkup", "cli", "cloudinit", "doctor", "engine", "hooks", "linux", "model", "ops", "plan", "platform",
+        "seed", "settings", "signs", "specs", "systemd", "watch",
     },
-    "__main__": {"cli"},
+    "libvirt": {"engine", "libvirt", "linux", "model", "ops", "settings", "specs", "store"},
+    "__main__": {"cli", "libvirt"},
 }  # fmt: skip
 PURE = {"doctor", "flows", "model", "ipam", "filters", "ops", "firewalls", "plan"}
 # What does I/O, or makes two calls with the same arguments differ.

@@ -25,6 +25,7 @@ from vmnet.systemd import is_in_hosts_netns, systemd_runs
 _RESOLV = "/etc/resolv.conf"
 _PATIENCE = 15.0  # seconds that the keeper has to try everything once
 _UNIT = "vmnet-dnsmasq.service"
+# Without Restart=: whoever starts it anew looks first whether it is still wanted.
 # What dnsmasq needs: devices and neighbours, raw and low ports, another user, and to reach files wherever they lie.
 _SANDBOX = (
     "CapabilityBoundingSet=CAP_NET_ADMIN CAP_NET_RAW CAP_NET_BIND_SERVICE CAP_SETUID CAP_SETGID",

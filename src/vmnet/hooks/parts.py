@@ -148,6 +148,10 @@ _RESTART_DNSMASQ = (
         when=lambda: not systemd_runs() and _says_yes("service", "dnsmasq", "status")(),
     ),
 )
+_RELOAD_LIBVIRT = tuple(
+    Command(("pkill", "-HUP", "-x", daemon), when=_says_yes("pgrep", "-x", daemon))
+    for daemon in ("libvirtd", "virtqemud")
+)
 _FIREWALLD_RUNS = _says_yes("firewall-cmd", "--state")
 # A zone that says the same as ours and is always there, and ours, which firewalld knows when it has started anew.
 _ZONE_NOW = "trusted"
@@ -237,6 +241,13 @@ PARTS = (
         "sysctl",
         found=_exists("/etc/sysctl.d"),
         files=(File("/etc/sysctl.d/99-vmnet.conf", "sysctl/vmnet.conf"),),
+    ),
+    Part(
+        "libvirt",
+        found=_exists("/etc/libvirt", "/usr/sbin/libvirtd", "/usr/sbin/virtqemud"),
+        files=(File("/etc/libvirt/hooks/qemu.d/vmnet", "libvirt/hook", mode=0o755),),
+        # libvirt looks for hooks when it starts and at SIGHUP; with none there it would not see the first one.
+        installed=_RELOAD_LIBVIRT,
     ),
     Part(
         "firewalld",

@@ -104,6 +104,13 @@ class LinuxPlatform:
 
         return usage.forwards_for_others()
 
+    def is_open(self, device: str) -> bool:
+        """Say whether a program has a tap open: only then it has a carrier."""
+        try:
+            return Path("/sys/class/net", device, "carrier").read_text().strip() == "1"
+        except OSError:
+            return False
+
     def orphans(self, names: Sequence[str]) -> list[Op]:
         """Return the ops that take away what bears our marks for a guest that is not among `names`."""
         links = observe.orphan_links(self._places.host, names)

@@ -1,0 +1,1 @@
+"""Give libvirt's domains their vmnet addresses: `domain` reads what libvirt tells, `hook` is what libvirt calls."""
