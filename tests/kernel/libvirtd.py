@@ -69,6 +69,7 @@ if [ -e /dev/kvm ]; then
 fi
 rm -rf /var/lib/vmnet /etc/vmnet
 """
+_ENVIRONMENT = ("PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root")
 _PID_FILE = "/run/libvirtd.pid"
 _VM = "/var/lib/libvirt/images"
 _FILES = "/var/lib/libvirt/qemu"
@@ -113,7 +114,7 @@ class Libvirtd:
 
     def start(self) -> None:
         """Start the daemon, and return when it has answered."""
-        self.laptop.run("libvirtd", "--daemon", "--pid-file", _PID_FILE)
+        self.laptop.run("env", "-i", *_ENVIRONMENT, "libvirtd", "--daemon", "--pid-file", _PID_FILE)
         self.virsh("version")
 
     def stop(self) -> None:

@@ -1,13 +1,23 @@
 """Domains of a real libvirtd (`libvirtd.py`) on vmnet, through all that can happen to them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.kernel.libvirtd import Domain, Libvirtd, ethernet
-from tests.kernel.net import Laptop
+from tests.kernel.libvirtd import Domain, Libvirtd, domain_xml, ethernet
+from tests.kernel.machine import Machine, wait_until
+from tests.kernel.net import Laptop, Result
+from tests.kernel.test_hooks import hooks, program  # noqa: F401 -- fixtures
+from tests.kernel.vm import LIMIT
 
 pytestmark = pytest.mark.root
+
+MAC = "52:54:00:7f:01:16"
+UUID = "c7a5fdbd-cdaf-9455-926a-d65c16db1809"
+RECORDER = '#!/bin/sh\necho "${0##*/hooks/}" "$@" >>/run/calls\nexec cat >/dev/null\n'
 
 
 @pytest.fixture
@@ -16,34 +26,319 @@ def libvirt(laptop: Laptop) -> Iterator[Libvirtd]:
         yield running
 
 
+@pytest.fixture
+def hooked(libvirt: Libvirtd, hooks: Callable[..., Result]) -> Libvirtd:  # noqa: F811
+    """libvirt with vmnet's hooks, installed while it runs."""
+    hooks("install", "libvirt")
+    return libvirt
+
+
+def record(libvirt: Libvirtd, *names: str) -> Path:
+    """Install scripts of others, which record how they are called; return the record."""
+    for name in names:
+        script = libvirt.hooks / name
+        script.parent.mkdir(exist_ok=True)
+        script.write_text(RECORDER)
+        script.chmod(0o755)
+    libvirt.reload()
+    return libvirt.laptop.path("/run/calls")
+
+
+def devices(laptop: Laptop) -> set[str]:
+    """Return the devices of guests."""
+    return {link for link in laptop.links() if link.startswith("vmn-")}
+
+
+def shown(laptop: Laptop, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = laptop.vmnet("show", name, "--json").json
+    return found
+
+
+def assert_at_home(domain: Domain) -> None:
+    """Check that a running domain has the address and the name of its record, and that both work."""
+    laptop, info = domain.libvirt.laptop, shown(domain.libvirt.laptop, domain.guest)
+    assert (info["state"], info["address"]) == ("up", domain.address)
+    assert info["device"] in devices(laptop)
+    assert domain.http() == f"{domain.guest} {info['shadow']}"
+    assert laptop.run("getent", "hosts", info["hostname"]).split()[0] == domain.address
+    # By its serial port: the VM's own way out.
+    assert domain.run(f"ping -c 1 -W 5 {INTERNET} >/dev/null && echo there") == "there"
+
+
+def assert_gone(domain: Domain) -> None:
+    """Check that a domain that has ended left nothing but its record, and that in its place."""
+    domain.await_state("shut off")
+    laptop = domain.libvirt.laptop
+    info = shown(laptop, domain.guest)
+    assert (info["state"], info["address"]) == ("down", domain.address)
+    assert info["device"] not in laptop.links()
+
+
+INTERNET = "198.51.100.2"
+
+
 def test_a_domain_on_a_tap_that_was_created_before_and_no_hooks(laptop: Laptop, libvirt: Libvirtd) -> None:
-    [made] = laptop.vmnet("create", "web", "--kind", "tap", "--json").json
+    [made] = laptop.vmnet("create", "web", "--json").json
     web = Domain(libvirt, "web", ethernet(made["device"], made["mac"]))
     for _ in range(2):
         web.start()
-        assert web.http() == f"web {made['shadow']}"
+        assert_at_home(web)
         libvirt.virsh("destroy", "web")
     assert web.state() == "shut off"
-    assert made["device"] in laptop.links()
+    assert shown(laptop, "web")["state"] == "up"
 
 
 def test_hooks_of_anybody_are_called(laptop: Laptop, libvirt: Libvirtd) -> None:
-    [made] = laptop.vmnet("create", "web", "--kind", "tap", "--json").json
-    calls = laptop.path("/run/calls")
-    for kind in ("qemu", "network"):
-        hook = libvirt.hooks / f"{kind}.d" / "record"
-        hook.parent.mkdir()
-        hook.write_text(f'#!/bin/sh\necho {kind} "$*" >>/run/calls\nexec cat >/dev/null\n')
-        hook.chmod(0o755)
-    libvirt.reload()
+    [made] = laptop.vmnet("create", "web", "--json").json
+    calls = record(libvirt, "qemu.d/theirs", "network.d/theirs")
     web = Domain(libvirt, "web", ethernet(made["device"], made["mac"]))
-    web.start()
+    web.launch()
     libvirt.virsh("destroy", "web")
     libvirt.virsh("net-start", "default")
     libvirt.virsh("net-destroy", "default")
     assert calls.read_text().splitlines() == [
-        *(f"qemu web {step} begin -" for step in ("prepare", "start", "started")),
-        *(f"qemu web {step} end -" for step in ("stopped", "release")),
-        *(f"network default {step} begin -" for step in ("start", "started")),
-        "network default stopped end -",
+        *(f"qemu.d/theirs web {step} begin -" for step in ("prepare", "start", "started")),
+        *(f"qemu.d/theirs web {step} end -" for step in ("stopped", "release")),
+        *(f"network.d/theirs default {step} begin -" for step in ("start", "started")),
+        "network.d/theirs default stopped end -",
     ]
+
+
+ENDS: dict[str, Callable[[Domain], object]] = {
+    "poweroff": lambda domain: domain.send("poweroff -f\n"),
+    "destroy": lambda domain: domain.libvirt.virsh("destroy", domain.name),
+    "killed": lambda domain: domain.libvirt.laptop.run("kill", "-KILL", str(domain.pid)),
+}
+
+
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+def test_a_domain_has_its_address_each_time_it_starts(
+    laptop: Laptop, internet: Machine, hooked: Libvirtd, end: Callable[[Domain], object]
+) -> None:
+    web = Domain(hooked, "web", ethernet("vmn-web", MAC), uuid=UUID)
+    web.start()
+    info, address = shown(laptop, "web"), web.address
+    assert (info["name"], info["device"], info["mac"]) == ("web", "vmn-web", MAC)
+    assert_at_home(web)
+    end(web)
+    assert_gone(web)
+    laptop.vmnet("watch", "--once")
+    assert_gone(web)
+    laptop.vmnet("create", "other")  # the next free block is not web's
+    web.start()
+    assert web.address == address
+    assert_at_home(web)
+
+
+def test_a_domain_lives_through_what_hooks_do_not_hear_of(laptop: Laptop, internet: Machine, hooked: Libvirtd) -> None:
+    web = Domain(hooked, "web", ethernet("vmn-web", MAC))
+    web.start()
+    index = laptop.run("cat", "/sys/class/net/vmn-web/ifindex")
+    hooked.virsh("suspend", "web")
+    hooked.virsh("resume", "web")
+    assert_at_home(web)
+    web.send("reboot -f\n")
+    web.await_ready()
+    assert_at_home(web)
+    hooked.virsh("reset", "web")
+    web.await_ready()
+    assert_at_home(web)
+    assert laptop.run("cat", "/sys/class/net/vmn-web/ifindex") == index
+
+
+def test_a_domain_runs_on_when_libvirtd_starts_anew(laptop: Laptop, internet: Machine, hooked: Libvirtd) -> None:
+    web = Domain(hooked, "web", ethernet("vmn-web", MAC))
+    web.start()
+    pid = web.pid
+    calls = record(hooked, "qemu.d/theirs")
+    for damage in ("", "ip link set vmn-web down", "nft delete table ip vmnet"):
+        hooked.stop()
+        if damage:
+            laptop.run(*damage.split())
+        else:
+            assert web.http()
+        hooked.start()
+        assert wait_until(lambda: "qemu.d/theirs web reconnect begin -" in calls.read_text(), LIMIT)
+        calls.write_text("")
+        assert (web.pid, web.state()) == (pid, "running")
+        assert wait_until(lambda: shown(laptop, "web")["state"] == "up", LIMIT), damage
+        assert_at_home(web)
+
+
+def test_a_running_domain_outlives_a_vmnet_that_cannot_work(laptop: Laptop, hooked: Libvirtd) -> None:
+    web = Domain(hooked, "web", ethernet("vmn-web", MAC))
+    web.launch()
+    pid = web.pid
+    calls = record(hooked, "qemu.d/theirs")
+    laptop.path("/etc/vmnet").mkdir(exist_ok=True)
+    laptop.path("/etc/vmnet/config.toml").write_text("nonsense")
+    hooked.stop()
+    hooked.start()
+    assert wait_until(lambda: "qemu.d/theirs web reconnect begin -" in calls.read_text(), LIMIT)
+    assert (web.pid, web.state()) == (pid, "running")
+    hooked.virsh("destroy", "web")
+    done = hooked.virsh("start", "web", check=False)
+    assert done.code != 0
+    assert "config.toml" in done.err
+
+
+@pytest.mark.parametrize("form", ["managedsave", "save"])
+def test_a_domain_that_was_saved_goes_on_where_it_was(
+    laptop: Laptop, internet: Machine, hooked: Libvirtd, form: str
+) -> None:
+    web = Domain(hooked, "web", ethernet("vmn-web", MAC))
+    web.start()
+    address = web.address
+    web.run("echo before >/tmp/mark")
+    file = "/var/lib/libvirt/qemu/web.saved"
+    hooked.virsh(form, "web", *([file] if form == "save" else []))
+    assert_gone(web)
+    laptop.vmnet("create", "other")
+    hooked.virsh(*(["restore", file] if form == "save" else ["start", "web"]))
+    web.connect()
+    assert web.address == address
+    assert web.run("cat /tmp/mark") == "before"
+    assert_at_home(web)
+
+
+def test_a_domain_that_is_defined_anew_has_the_same_record(laptop: Laptop, hooked: Libvirtd) -> None:
+    def start() -> Domain:
+        web = Domain(hooked, "web", ethernet("vmn-web", MAC), uuid=UUID)
+        web.launch()
+        hooked.virsh("destroy", "web")
+        hooked.virsh("undefine", "web")
+        return web
+
+    first = start()
+    assert shown(laptop, "web")["state"] == "down"
+    assert start().address == first.address
+    assert len(laptop.vmnet("list", "--json").json) == 1
+
+
+def test_a_domain_that_is_renamed_has_the_same_record(laptop: Laptop, internet: Machine, hooked: Libvirtd) -> None:
+    web = Domain(hooked, "web", ethernet("vmn-web", MAC), uuid=UUID)
+    web.start()
+    hooked.virsh("destroy", "web")
+    hooked.virsh("domrename", "web", "shop")
+    shop = Domain(hooked, "shop", ethernet("vmn-web", MAC), uuid=UUID, guest="web")
+    shop.start()
+    assert shop.address == web.address
+    assert_at_home(shop)
+    assert [one["name"] for one in laptop.vmnet("list", "--json").json] == ["web"]
+
+
+@pytest.mark.parametrize("is_down", [False, True], ids=["up", "down"])
+def test_a_guest_that_was_created_before_its_domain(
+    laptop: Laptop, internet: Machine, hooked: Libvirtd, is_down: bool
+) -> None:
+    [made] = laptop.vmnet("create", "web", "--address", "127.7.7.2", "--json").json
+    if is_down:
+        laptop.vmnet("down", "web")
+    web = Domain(hooked, "web", ethernet("vmn-web", made["mac"]))
+    for _ in range(2):
+        web.start()
+        assert web.address == "127.7.7.2"
+        assert_at_home(web)
+        hooked.virsh("destroy", "web")
+        assert_gone(web)
+    assert len(laptop.vmnet("list", "--json").json) == 1
+
+
+@pytest.mark.parametrize("kind", ["tap", "bridge"])
+def test_a_device_of_somebody_else_is_left_alone_and_named(laptop: Laptop, hooked: Libvirtd, kind: str) -> None:
+    make = "tuntap add vmn-web mode tap" if kind == "tap" else "link add vmn-web type bridge"
+    laptop.ip(make, "link set vmn-web address 02:00:00:00:00:99 alias theirs up", "addr add 10.9.9.9/24 dev vmn-web")
+    before = laptop.run("ip", "-d", "addr", "show", "vmn-web")
+    Domain(hooked, "web", ethernet("vmn-web", MAC))
+    done = hooked.virsh("start", "web", check=False)
+    assert done.code != 0
+    assert "vmn-web" in done.err.partition("Hook script execution failed")[2]
+    assert laptop.run("ip", "-d", "addr", "show", "vmn-web") == before
+    laptop.run("ip", "link", "del", "vmn-web")
+    hooked.virsh("start", "web")
+
+
+HOSTILE = {
+    "quotes": "a'b\"c",
+    "shell": "$(touch owned);`touch owned`;touch owned;",
+    "option": "--help",
+    "entity": "&lt;&amp;x;",
+    "spaces": " two words ",
+    "letters": "Größe_1.5",
+    "long": "x" * 200,
+    "another": "web2",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE)
+def test_a_domain_of_any_name_has_the_record_of_its_device(laptop: Laptop, hooked: Libvirtd, name: str) -> None:
+    web = Domain(hooked, name, ethernet("vmn-web", MAC), guest="web", uuid=UUID)
+    hooked.virsh("start", "--paused", UUID)
+    info = shown(laptop, "web")
+    assert (info["state"], info["mac"]) == ("up", MAC)
+    assert not laptop.path("/owned").exists()
+    hooked.virsh("destroy", UUID)
+    assert wait_until(lambda: devices(laptop) == set(), LIMIT)
+    assert [one["name"] for one in laptop.vmnet("list", "--json").json] == ["web"]
+    assert web.uuid == UUID
+
+
+def test_domains_that_are_not_ours_hear_nothing_of_vmnet(laptop: Laptop, hooked: Libvirtd) -> None:
+    laptop.ip("tuntap add theirs0 mode tap", "link set theirs0 up")
+    before = laptop.snapshot()
+    Domain(hooked, "theirs", ethernet("theirs0", MAC))
+    hooked.virsh("start", "--paused", "theirs")
+    hooked.virsh("destroy", "theirs")
+    laptop.ip("link del theirs0", "tuntap add theirs0 mode tap", "link set theirs0 up")
+    after = laptop.snapshot()
+    for text in before, after:
+        for key in [key for key in text if "link" in key or "addr" in key or "route" in key]:
+            text.pop(key)
+    assert after == before
+    assert laptop.vmnet("list", "--json").json == []
+
+
+def test_hooks_of_others_go_on_and_decide_for_themselves(laptop: Laptop, hooked: Libvirtd) -> None:
+    names = ("qemu", "qemu.d/00-first", "qemu.d/zz-last", "network", "network.d/theirs")
+    calls = record(hooked, *names)
+    web = Domain(hooked, "web", ethernet("vmn-web", MAC))
+    web.launch()
+    hooked.virsh("destroy", "web")
+    steps = ["prepare begin", "start begin", "started begin", "stopped end", "release end"]
+    assert calls.read_text().splitlines() == [f"{name} web {step} -" for step in steps for name in names[:3]]
+    # One of theirs refuses: no guest, and no device of it.
+    (hooked.hooks / "qemu.d/zz-last").write_text('#!/bin/sh\necho not today >&2\n[ "$2" != prepare ]\n')
+    done = hooked.virsh("start", "web", check=False)
+    assert "not today" in done.err
+    assert_gone(web)
+
+
+def test_nothing_is_said_on_stdout(laptop: Laptop, hooked: Libvirtd) -> None:
+    """What a hook of libvirt's prints replaces the XML of a guest that is restored or migrated."""
+    xml = domain_xml("web", ethernet("vmn-web", MAC), uuid=UUID)
+    for words in ("restore begin", "migrate begin", "prepare begin", "start begin", "reconnect begin", "release end"):
+        done = laptop.execute("/etc/libvirt/hooks/qemu.d/vmnet", "web", *words.split(), "-", stdin=xml)
+        assert done == Result(0, "", ""), words
+    assert devices(laptop) == set()
+
+
+MANY = [f"many{number}" for number in range(10)]
+
+
+def test_many_start_at_once(laptop: Laptop, internet: Machine, hooked: Libvirtd) -> None:
+    domains = [
+        Domain(hooked, name, ethernet(f"vmn-{name}", f"52:54:00:7f:02:{number:02x}"))
+        for number, name in enumerate(MANY)
+    ]
+    with ThreadPoolExecutor(len(domains)) as pool:
+        list(pool.map(Domain.launch, domains))
+    for domain in domains:
+        domain.await_ready()
+    assert len({domain.address for domain in domains}) == len(domains)
+    for domain in domains:
+        assert_at_home(domain)
+    with ThreadPoolExecutor(len(domains)) as pool:
+        list(pool.map(ENDS["destroy"], domains))
+    for domain in domains:
+        assert_gone(domain)
+    assert devices(laptop) == set()

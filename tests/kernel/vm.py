@@ -177,6 +177,10 @@ class Booted:
         assert not check or code == "0", f"{self.name}: {script}: {code}\n{output}"
         return output.strip()
 
+    def send(self, text: str) -> None:
+        """Type into its shell, and wait for nothing."""
+        self._shell.send(text)
+
     def _log(self) -> str:
         return "".join(
             path.read_text(errors="replace")[-4000:] for path in self.console.parent.glob(f"{self.console.stem}.*")
@@ -250,7 +254,7 @@ class VM(Booted):
 
     def reboot(self) -> None:
         """Boot anew, as the VM's own root does it."""
-        self._shell.send("reboot -f\n")
+        self.send("reboot -f\n")
         self.await_ready()
 
     def kill(self) -> None:
