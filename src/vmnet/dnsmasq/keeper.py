@@ -52,6 +52,7 @@ class Keeper:
         self._stop = False
         self._problems: str | None = None
         self._names: tuple[object, ...] = ()
+        self._joined: tuple[object, ...] = ()
 
     def keep(self, wakeup: int) -> None:
         """Keep them; `wakeup` becomes readable with each signal."""
@@ -101,10 +102,14 @@ class Keeper:
 
     def _join(self) -> None:
         """Make dhcp.live of dhcp.hosts and the leases given."""
-        live = self.folder / "dhcp.live"
-        wanted = with_holders(_text(self.folder / "dhcp.hosts"), holders(_text(self.leases)))
+        live, hosts = self.folder / "dhcp.live", self.folder / "dhcp.hosts"
+        sources = (_stamp(hosts), _stamp(self.leases), _stamp(live))
+        if sources == self._joined:
+            return
+        wanted = with_holders(_text(hosts), holders(_text(self.leases)))
         if not live.exists() or wanted != _text(live):
             replace(live, wanted)
+        self._joined = (*sources[:2], _stamp(live))
 
     def _start(self, name: str, server: _Server, conf: str) -> None:
         """Take over the process that is there already with these settings, or start one."""
