@@ -409,13 +409,16 @@ class Engine:
     def claim(self, spec: GuestSpec, key: DomainKey) -> None:
         """Have the tap of a domain's interface there, made now or before, and record whose it is.
 
-        Raises Conflict where another domain uses it.
+        Raises Conflict where it is in use, by another domain or without libvirt.
         """
         with self._reading() as store:
             lease, holder = store.lease(spec.name), store.domain(spec.name)
-        if lease and holder and holder.uuid != key.uuid and self.platform.is_open(lease.device):
+        if lease and self.platform.is_open(lease.device):
+            user = "a program outside libvirt"
+            if holder and holder.uuid != key.uuid:
+                user = f"another domain, of UUID {holder.uuid}"
             raise Conflict(
-                f"{lease.device} is in use by another domain, of UUID {holder.uuid}",
+                f"{lease.device} is in use by {user}",
                 hint="give this one a guest of its own: another NAME in <target dev='vmn-NAME' managed='no'/>",
             )
         for made in self.create([spec])[0]:
@@ -425,10 +428,11 @@ class Engine:
             store.set_domain(spec.name, key)
 
     def unclaim(self, name: str, uuid: str) -> None:
-        """Take the device of a guest away whose domain has ended, and keep the record."""
+        """Take the device of a guest away whose domain has ended, unless others use it, and keep the record."""
         with self._reading() as store:
-            holder = store.domain(name)
-        if holder and holder.uuid == uuid:
+            lease, holder = store.lease(name), store.domain(name)
+        # A domain that could not start because its device is in use is released, too.
+        if lease and holder and holder.uuid == uuid and not self.platform.is_open(lease.device):
             self.down([name])
 
     # The host part
