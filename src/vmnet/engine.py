@@ -347,6 +347,10 @@ class Engine:
             Store.stamp(self.paths.state), _stamp(self.paths.config), _stamp(self.paths.hosts), self._names.stamp()
         )
 
+    def answerer(self) -> int | None:
+        """Return a pidfd of the process that has guests answered, for the caller to close; None without one."""
+        return self._names.answerer()
+
     def converge(self, store: Store, names: Sequence[str] | None = None) -> None:
         """Bring guests to where the records want them, and with all of them what is ours without a record."""
         self._raise_first(self._converge(store, names))

@@ -80,6 +80,10 @@ class Names:
         """Forget what was given to whom."""
         self._answers.forget()
 
+    def answerer(self) -> int | None:
+        """Return a pidfd of the process that keeps what answers guests, None without one."""
+        return self._answers.keeper()
+
     def stamp(self) -> tuple[int, ...]:
         """Return what differs when what answers guests does."""
         return self._answers.stamp()

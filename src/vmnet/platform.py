@@ -23,9 +23,9 @@ class Heard(NamedTuple):
     """Where events say that something has changed: nowhere, unless it says so.
 
     `host` is the host part, `names` are guests, `marks` something that bears our marks without being known, or a
-    namespace that came or went, `addresses` those that the host lost, `names_file` the hosts file. `lost`: events were
-    lost, so anything may have changed. `clock`: the wall clock was set, or the machine was asleep. `programs` is who
-    did it, as far as the kernel tells.
+    namespace that came or went, `addresses` those that the host lost, `names_file` the hosts file, `answers` what
+    answers guests. `lost`: events were lost, so anything may have changed. `clock`: the wall clock was set, or the
+    machine was asleep. `programs` is who did it, as far as the kernel tells.
     """
 
     host: bool = False
@@ -33,6 +33,7 @@ class Heard(NamedTuple):
     marks: bool = False
     addresses: frozenset[str] = frozenset()
     names_file: bool = False
+    answers: bool = False
     lost: bool = False
     clock: bool = False
     programs: tuple[str, ...] = ()
@@ -50,6 +51,7 @@ class Heard(NamedTuple):
             self.marks or other.marks,
             self.addresses | other.addresses,
             self.names_file or other.names_file,
+            self.answers or other.answers,
             self.lost or other.lost,
             self.clock or other.clock,
             tuple(dict.fromkeys([*self.programs, *other.programs]))[:8],
@@ -68,6 +70,7 @@ class EventSource(Protocol):
     """Somebody who tells of changes; see vmnet.linux.events."""
 
     def expect(self, leases: Sequence[Lease]) -> None: ...
+    def attend(self, process: int | None) -> None: ...
     def hear(self, timeout: float) -> Heard: ...
     def close(self) -> None: ...
 

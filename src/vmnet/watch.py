@@ -17,7 +17,7 @@ from typing import NamedTuple
 from vmnet import __version__
 from vmnet.engine import Engine, Stamp
 from vmnet.model import Conflict, Lease, VmnetError
-from vmnet.ops import ForgetFlows, Op
+from vmnet.ops import ForgetFlows, Op, RunAnswers
 from vmnet.platform import EventSource, Glance, Heard, Report
 from vmnet.signs import Service, Signs
 from vmnet.truces import LIMIT, Truces
@@ -273,6 +273,8 @@ class Watcher:
             problems = {"": error if isinstance(error, VmnetError) else VmnetError(error.strerror or str(error))}
             self._clean = _Clean()
             self._stamp = None
+        if any(isinstance(op, RunAnswers) for op in self._done):
+            self._events.attend(self._engine.answerer())
         self._tell(cause, heard.programs if heard else ())
         self._complain(seen, problems)
         self._signs.show(
@@ -290,6 +292,7 @@ class Watcher:
         self._leases = self._engine.recorded()
         now = {one.name: one for one in self._leases or ()}
         self._events.expect(self._leases or ())
+        self._events.attend(self._engine.answerer())
         self._stamp = stamp
         changed = {name for name in known.keys() | now.keys() if known.get(name) != now.get(name)}
         return changed, before is not None and stamp._replace(hosts=(), answers=()) != before._replace(

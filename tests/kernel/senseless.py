@@ -27,6 +27,10 @@ class Deaf:
     def expect(self, leases: Sequence[Lease]) -> None:
         """Expect nothing."""
 
+    def attend(self, process: int | None) -> None:
+        if process is not None:
+            os.close(process)
+
     def hear(self, timeout: float) -> Heard:
         """Hear nothing for a while."""
         time.sleep(min(max(timeout, 0), 0.1))
@@ -46,6 +50,9 @@ class Dying:
     def expect(self, leases: Sequence[Lease]) -> None:
         """Expect what the real one does."""
         self._real.expect(leases)
+
+    def attend(self, process: int | None) -> None:
+        self._real.attend(process)
 
     def hear(self, timeout: float) -> Heard:
         """Hear, but lose a socket after a few times."""

@@ -210,6 +210,18 @@ def test_the_log_as_json(warm: Warm, laptop: Laptop) -> None:
 # Events that are lost, sockets that die, a machine that was asleep
 
 
+def test_what_answers_guests_comes_back_as_soon_as_it_ends(warm: Warm, laptop: Laptop) -> None:
+    _three(laptop, warm)
+    pid = Path(laptop.env["VMNET_RUN_DIR"], "dns", "keeper.pid")
+    with Watching(laptop, interval=3600) as watcher:
+        for _ in range(3):
+            before = pid.read_text()
+            laptop.run("kill", "-KILL", before.split()[0])
+            assert wait_until(lambda: pid.read_text() != before, 60)  # noqa: B023
+            assert is_healed(warm, laptop)
+        assert all("cause=event" in line for line in watcher.changes())
+
+
 def test_events_that_were_lost_are_made_up_for(warm: Warm, laptop: Laptop) -> None:
     _three(laptop, warm)
     with Watching(laptop) as watcher:

@@ -27,9 +27,14 @@ _PATIENCE = 15.0  # seconds that the keeper has to try everything once
 _UNIT = "vmnet-dnsmasq.service"
 # Without Restart=: whoever starts it anew looks first whether it is still wanted.
 # What dnsmasq needs: devices and neighbours, raw and low ports, another user, and to reach files wherever they lie.
+_CAPABILITIES = " ".join(
+    f"CAP_{name}"
+    for name in (
+        "NET_ADMIN", "NET_RAW", "NET_BIND_SERVICE", "SETUID", "SETGID", "SETPCAP", "KILL", "DAC_OVERRIDE", "CHOWN",
+    )
+)  # fmt: skip
 _SANDBOX = (
-    "CapabilityBoundingSet=CAP_NET_ADMIN CAP_NET_RAW CAP_NET_BIND_SERVICE CAP_SETUID CAP_SETGID",
-    "CapabilityBoundingSet=CAP_KILL CAP_DAC_OVERRIDE CAP_CHOWN",
+    f"CapabilityBoundingSet={_CAPABILITIES}",
     "NoNewPrivileges=yes", "ProtectSystem=strict", "ProtectHome=read-only", "PrivateTmp=yes", "PrivateDevices=yes",
     "ProtectKernelTunables=yes", "ProtectKernelModules=yes", "ProtectKernelLogs=yes", "ProtectControlGroups=yes",
     "ProtectClock=yes", "ProtectHostname=yes", "RestrictNamespaces=yes", "RestrictRealtime=yes",
@@ -112,6 +117,10 @@ class Answers:
     def forget(self) -> None:
         """Forget the leases that were given."""
         self._leases.unlink(missing_ok=True)
+
+    def keeper(self) -> int | None:
+        """Return a pidfd of the keeper, None without one."""
+        return find_keeper(self.folder)
 
     def stamp(self) -> tuple[int, ...]:
         """Return what differs when the keeper is another, is gone, or says something else is wrong."""

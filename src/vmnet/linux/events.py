@@ -77,6 +77,7 @@ class Events:
         self._programs: dict[int, str] = {}
         self._buffer = bytearray(_RECEIVE_SIZE)
         self._readers: dict[int, Callable[[], None]] = {}
+        self._attended: int | None = None
         self._closers: list[Callable[[], None]] = []
         self._file = file
         self._watches: dict[int, Path] = {}
@@ -122,6 +123,7 @@ class Events:
 
     def close(self) -> None:
         """Close all of it."""
+        self.attend(None)
         while self._closers:
             self._closers.pop()()
 
@@ -141,6 +143,21 @@ class Events:
         for body in self._netlink.dump(RTM_GETLINK, wire.link_query()):
             self._learn(body)
         self._own = {self._netlink.port}
+
+    def attend(self, process: int | None) -> None:
+        """Hear of the end of a process, by its pidfd (pidfd_open(2)), instead of the former's; it is closed here."""
+        if self._attended is not None:
+            self._poll.unregister(self._attended)
+            del self._readers[self._attended]
+            os.close(self._attended)
+        self._attended = process
+        if process is not None:
+            self._readers[process] = self._read_end
+            self._poll.register(process, select.POLLIN)
+
+    def _read_end(self) -> None:
+        self.attend(None)
+        self._heard = self._heard._replace(answers=True)
 
     def _learn(self, link: bytes) -> None:
         """Learn whose device this is, if it is a guest's."""
