@@ -54,6 +54,8 @@ def main(arguments: list[str]) -> int:
             hint = f" ({error.hint})" if isinstance(error, VmnetError) and error.hint else ""
             print(f"vmnet: {said}{hint}".replace("\n", " ")[:2000], file=sys.stderr)
             return _FAILED
+    finally:
+        signal.alarm(0)  # the end of the interpreter, which hears no signal, is not to be cut off
     return 0
 
 
