@@ -15,7 +15,8 @@ libvirtd, virsh and their libraries come from a kept Debian (`tests/system/roots
 the laptop's, /var is made private too: vmnet keeps its records, run folder and hosts file where it does by default,
 because libvirt hands no environment down to hooks. There is no systemd, and libvirt's own security drivers are off.
 
-`libvirt.hooks` is /etc/libvirt/hooks as it is found from here. Everything ends with the laptop at the latest.
+`libvirt.hooks` is /etc/libvirt/hooks as it is found from here. Domains migrate to `qemu+tcp://ADDRESS/system`, where two
+laptops are wired together. Everything ends with the laptop at the latest.
 """
 
 import platform
@@ -45,6 +46,9 @@ remember_owner = 0
     "libvirtd.conf": """\
 auth_unix_rw = "none"
 log_outputs = "3:file:/var/log/libvirt/libvirtd.log"
+listen_tls = 0
+listen_tcp = 1
+auth_tcp = "none"
 """,
 }
 # The machine's own /usr comes first: only what it has not is looked up in the kept system.
@@ -114,7 +118,7 @@ class Libvirtd:
 
     def start(self) -> None:
         """Start the daemon, and return when it has answered."""
-        self.laptop.run("env", "-i", *_ENVIRONMENT, "libvirtd", "--daemon", "--pid-file", _PID_FILE)
+        self.laptop.run("env", "-i", *_ENVIRONMENT, "libvirtd", "--daemon", "--listen", "--pid-file", _PID_FILE)
         self.virsh("version")
 
     def stop(self) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.kernel.libvirtd import Domain, Libvirtd, domain_xml, ethernet
 from tests.kernel.machine import Machine, wait_until
-from tests.kernel.net import Laptop, Result
+from tests.kernel.net import Lab, Laptop, Result
 from tests.kernel.test_hooks import hooks, program  # noqa: F401 -- fixtures
 from tests.kernel.vm import LIMIT, VM, boot
 
@@ -223,6 +223,40 @@ def test_a_domain_that_was_saved_goes_on_where_it_was(
     assert web.address == address
     assert web.run("cat /tmp/mark") == "before"
     assert_at_home(web)
+
+
+def test_a_domain_that_migrates_has_its_record_at_both_ends(
+    lab: Lab,
+    hooked: Libvirtd,
+    program: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "there"
+    folder.mkdir()
+    with Lab(folder) as other, Libvirtd(other.laptop) as there:
+        other.laptop.run(str(program), "-m", "vmnet", "hooks", "install", "libvirt")
+        lab.wire(lab.laptop, "cable0", other.laptop, "cable0")
+        lab.laptop.ip("addr add 10.9.0.1/24 dev cable0")
+        other.laptop.ip("addr add 10.9.0.2/24 dev cable0")
+        web = Domain(hooked, "web", ethernet("vmn-web", MAC), uuid=UUID)
+        moved = Domain(there, "web", ethernet("vmn-web", MAC), uuid=UUID)
+        web.start()
+        web.run("echo before >/tmp/mark")
+        lab.laptop.vmnet("create", "other")
+        target = ("qemu+tcp://10.9.0.2/system", "tcp://10.9.0.2:49152")
+        hooked.virsh("migrate", "--live", "web", *target)
+        assert_gone(web)
+        moved.connect()
+        assert (moved.state(), moved.address) == ("running", web.address)
+        assert moved.run("cat /tmp/mark") == "before"
+        assert_at_home(moved)
+        # Where it cannot be received it runs on.
+        moved.libvirt.virsh("destroy", "web")
+        web.start()
+        other.laptop.ip("link add vmn-web type bridge")
+        assert hooked.virsh("migrate", "--live", "web", *target, check=False).code != 0
+        assert web.state() == "running"
+        assert_at_home(web)
 
 
 def test_a_domain_that_is_defined_anew_has_the_same_record(laptop: Laptop, hooked: Libvirtd) -> None:
