@@ -7,7 +7,7 @@
             made = laptop.vmnet("create", "web", "--json").json[0]
             web = Domain(libvirt, "web", ethernet("vmn-web", made["mac"]))    # defined, not started
             web.start()                                            # virsh start, then until it is ready
-            assert web.http() == f"web {web.shadow}"
+            assert web.http() == f"web {made['shadow']}"
             libvirt.virsh("destroy", "web")
 
 libvirtd, virsh and their libraries come from a kept Debian (`tests/system/roots.py`) and lie below the machine's own
@@ -15,7 +15,7 @@ libvirtd, virsh and their libraries come from a kept Debian (`tests/system/roots
 the laptop's, /var is made private too: vmnet keeps its records, run folder and hosts file where it does by default,
 because libvirt hands no environment down to hooks. There is no systemd, and libvirt's own security drivers are off.
 
-`libvirt.hooks` is /etc/libvirt/hooks as it is found from here. Domains migrate to `qemu+tcp://ADDRESS/system`, where two
+`libvirt.hooks` is /etc/libvirt/hooks as it is found from here. Domains migrate to `qemu+tcp://ADDRESS/system` where two
 laptops are wired together. Everything ends with the laptop at the latest.
 """
 
