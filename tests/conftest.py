@@ -5,6 +5,7 @@ sample asks `request.config.getoption("--long")`. The marker `root` is for what 
 user namespace of its own, which is enough for nearly all of the suite, is not that.
 """
 
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -13,6 +14,8 @@ import pytest
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile("vmnet", deadline=None)
 hypothesis.settings.load_profile("vmnet")
+# A shell starts what it puts into the background with SIGINT ignored, and whatever is tested would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WHOLE_MAP = ["0", "0", "4294967295"]
 

@@ -21,6 +21,7 @@ _GETCHAIN = 10 << 8 | 4
 _NFTA_CHAIN_TABLE, _NFTA_CHAIN_NAME = 1, 3
 _IPV4 = bytes((socket.AF_INET, 0, 0, 0))  # struct nfgenmsg
 # Seconds to wait for others who change the older ip_tables; some hold that lock for good.
+_TRIES = 3
 _PATIENCE = "--wait=10"
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 
@@ -87,14 +88,18 @@ def _ours(name: str, lines: list[str]) -> tuple[str, ...]:
 def put(op: PutRules) -> None:
     """Change the rules of ours in a chain: all of it, or nothing. Raises HostLacks, or KernelRefused.
 
-    Where others have changed the chain since it was looked at, nothing is done: the next look decides anew.
+    Where others have changed the chain since it was looked at, nothing is done: the next look decides anew. It is tried
+    again where the chain is as before, for it may have been another in between.
     """
-    done = _run(f"{op.program}-restore", "-n", _PATIENCE, script=op.script())
-    if done is None:
-        raise HostLacks(f"the program {op.program}-restore is missing", hint="install iptables")
-    if done.returncode and Chain(op.program, op.chain, op.old) in _saved(op.program):
-        words = done.stderr.strip().partition("\n")[0] or "no reason given"
-        raise KernelRefused(f"{op.program}-restore refused our rules in {op.chain}: {words}")
+    words = ""
+    for _ in range(_TRIES):
+        done = _run(f"{op.program}-restore", "-n", _PATIENCE, script=op.script())
+        if done is None:
+            raise HostLacks(f"the program {op.program}-restore is missing", hint="install iptables")
+        if done.returncode == 0 or Chain(op.program, op.chain, op.old) not in _saved(op.program):
+            return
+        words = done.stderr.strip().partition("\n")[0]
+    raise KernelRefused(f"{op.program}-restore refused our rules in {op.chain}: {words or 'no reason given'}")
 
 
 def _run(program: str, *arguments: str, script: str = "") -> subprocess.CompletedProcess[str] | None:
