@@ -144,10 +144,16 @@ exit 1
 @pytest.mark.parametrize("owned", [True, False], ids=["owned", "premade"])
 def test_a_namespace_that_got_the_number_of_the_guests_is_not_the_guests(owned: bool, warm: Warm, lab: Lab) -> None:
     laptop = lab.laptop
-    if not owned:
-        laptop.run("ip", "netns", "add", "g")
-    warm.vmnet(laptop, "create", "g", "--netns", "g")
-    if laptop.execute("sh", "-c", SAME_NUMBER).code:
+    for _ in range(10):
+        if not owned:
+            laptop.run("ip", "netns", "add", "g")
+        warm.vmnet(laptop, "create", "g", "--netns", "g")
+        if laptop.execute("sh", "-c", SAME_NUMBER).code == 0:
+            break
+        # Whoever makes a namespace of any kind on this machine may have been the one to get it.
+        warm.vmnet(laptop, "delete", "g")
+        laptop.run("ip", "-all", "netns", "del")
+    else:
         pytest.skip("the kernel has not given the number of the namespace again")
     shown = laptop.run("ip", "-n", "g", "-d", "addr")
     assert warm.vmnet(laptop, "list", "--json").json[0]["state"] == "down"
