@@ -50,6 +50,11 @@ def test_options_of_an_interface_are_read() -> None:
     assert parse_domain(domain(ethernet("vmn-web", odd))).interfaces == (Interface("vmn-web", None, None, None, False),)
 
 
+def test_any_guest_name_is_read_off_its_device() -> None:
+    read = parse_domain(domain(ethernet("vmn-a--b")))
+    assert read.guest_name(read.interfaces[0]) == "a--b"
+
+
 def test_a_device_too_long_for_its_guest_is_the_domains() -> None:
     name = "a-domain-with-a-long-name"
     read = parse_domain(domain(ethernet(device_name(name)), ethernet("vmn-ab_cdefghij"), name=name))

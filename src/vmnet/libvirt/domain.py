@@ -5,11 +5,12 @@ Formats: libvirt's formatdomain, and its hooks' standard input. What vmnet does 
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
-from vmnet.model import UsageError, device_name
+from vmnet.model import UsageError, check_name, device_name
 
 LARGEST = 16 << 20  # bytes; libvirt itself takes no more than 10 MiB in one call
 _PREFIX = "vmn-"
@@ -45,8 +46,9 @@ class Domain:
         """
         tail = interface.device.removeprefix(_PREFIX)
         for name in (tail, label(self.name)):
-            if name and label(name) == name and device_name(name) == interface.device:
-                return name
+            with suppress(UsageError):
+                if device_name(check_name(name)) == interface.device:
+                    return name
         raise UsageError(
             f"no guest has the device {interface.device}",
             hint=f"for a guest NAME the device is vmn-NAME: `vmnet create {label(self.name) or 'NAME'}` tells its own",
