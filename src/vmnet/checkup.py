@@ -1,28 +1,28 @@
 """Look at all that `vmnet.doctor` decides by, with a limit to everything that may take time: 5 seconds in all."""
 
 import os
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from vmnet.dnsmasq.processes import SERVERS, find_keeper, find_server
+from vmnet.dnsmasq.processes import PATH, SERVERS, find_keeper, find_server, is_there
 from vmnet.doctor import Guest, Reply, Resolver, Sight, questions
 from vmnet.engine import Engine
 from vmnet.hooks import is_installed
 from vmnet.hooks.call import Call
 from vmnet.hooks.install import look as look_at_files
-from vmnet.hooks.parts import ENVIRONMENT, PARTS
+from vmnet.hooks.parts import PARTS
 from vmnet.model import Lease, VmnetError
-from vmnet.ops import Op, RunAnswers
+from vmnet.ondisk import find_program
+from vmnet.ops import RunAnswers
 from vmnet.plan import dotted, shadow_of
-from vmnet.platform import Report
+from vmnet.platform import Listener, Report
 from vmnet.questions import ask
 from vmnet.settings import Paths, Settings
 from vmnet.signs import read_status
@@ -52,26 +52,9 @@ _ANSWERERS = (
 )
 
 
-@dataclass
-class _Listener:
-    """Keeps what the engine warns of."""
-
-    warnings: list[str] = field(default_factory=list)
-
-    def begin(self, total: int) -> None:
-        """Nothing is done here."""
-
-    def did(self, op: Op) -> None:
-        """Nothing is done here."""
-
-    def warn(self, text: str) -> None:
-        """Keep a warning."""
-        self.warnings.append(text)
-
-
 def look(open_engine: OpenEngine) -> Sight:
     """Return all that can be seen by the caller."""
-    listener = _Listener()
+    listener = Listener()
     paths = Paths.from_environment()
     with open_engine(listener) as engine:
         sight, leases, addresses = _look_at_records(engine, listener)
@@ -84,7 +67,7 @@ def look(open_engine: OpenEngine) -> Sight:
     return sight
 
 
-def _look_at_records(engine: Engine, listener: _Listener) -> tuple[Sight, Sequence[Lease], frozenset[str]]:
+def _look_at_records(engine: Engine, listener: Listener) -> tuple[Sight, Sequence[Lease], frozenset[str]]:
     """Return what differs from the records, the guests that are to be up, and the host's addresses."""
     sight = Sight(privileged=engine.platform.privileged)
     leases: Sequence[Lease] = ()
@@ -154,24 +137,19 @@ def _look_at_service(paths: Paths) -> dict[str, Any]:
 
 
 def _look_at_processes(paths: Paths) -> dict[str, Any]:
-    folder = paths.run / "dns"
-    keeper = find_keeper(folder)
+    folder = paths.answers
     servers: dict[str, int | None] = {}
     for name in SERVERS:
-        handle = find_server(folder, name)
         servers[name] = None
-        if handle is not None:
-            os.close(handle)
+        if is_there(find_server(folder, name)):
             with suppress(OSError, ValueError):
                 servers[name] = int((folder / f"{name}.pid").read_text())
-    if keeper is not None:
-        os.close(keeper)
     problems = ""
     with suppress(OSError):
         problems = (folder / "problems").read_text()
     return {
-        "has_dnsmasq": shutil.which("dnsmasq", path=ENVIRONMENT["PATH"]) is not None,
-        "keeper": keeper is not None,
+        "has_dnsmasq": find_program("dnsmasq", PATH) is not None,
+        "keeper": is_there(find_keeper(folder)),
         "servers": servers,
         "problems": problems.splitlines(),
     }

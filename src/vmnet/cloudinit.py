@@ -7,13 +7,12 @@ in version 2. https://docs.cloud-init.io/en/latest/reference/datasources/nocloud
 from importlib.resources import files
 from string import Template
 
-from vmnet.model import Conflict, Lease
+from vmnet.model import USUAL_MTU, Conflict, Lease
 from vmnet.plan import dotted, shadow_of
 from vmnet.settings import Settings
 
 DOCUMENTS = ("network-config", "meta-data", "user-data")
 
-_COMMON_MTU = 1500
 _SEPARATORS = str.maketrans("", "", "-:")
 _HINTS = {
     "veth": "vmnet configures the namespace of a veth itself",
@@ -37,7 +36,7 @@ def render(lease: Lease, settings: Settings) -> dict[str, str]:
         "gateway": dotted(shadow_of(lease.block.first + 1, settings.plane)),
         "domain": settings.domain,
         # netplan writes an MTU into a .link file too, which then takes the place of the one that names devices.
-        "mtu": "" if lease.mtu == _COMMON_MTU else f"    mtu: {lease.mtu}\n",
+        "mtu": "" if lease.mtu == USUAL_MTU else f"    mtu: {lease.mtu}\n",
     }
     folder = files("vmnet") / "templates" / "cloud-init"
     return {name: Template((folder / name).read_text()).substitute(values) for name in DOCUMENTS}

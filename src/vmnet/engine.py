@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from vmnet.found import load_found
@@ -31,6 +30,7 @@ from vmnet.model import (
     check_name,
 )
 from vmnet.names import Names
+from vmnet.ondisk import stamp
 from vmnet.ops import ForgetFlows, Op
 from vmnet.plan import GuestView, dotted, plan_guest, shadow_of
 from vmnet.platform import Platform, Report, Resolver
@@ -261,17 +261,9 @@ class Engine:
         with self._writing(dry_run) as store:
             leases = store.leases(names)
             if dry_run:
-                wanted = [lease for lease in leases if lease.wish != "deleting"]
-                deleting = [lease for lease in leases if lease.wish == "deleting"]
                 problems: dict[str, VmnetError] = {}
-                ops = self._host.plan_up(store) + self._guests.plan_up(wanted, problems)
-                ops += self._guests.plan_down(deleting, keep_netns=False)
-                if names is None:
-                    ops += self.platform.orphans([lease.name for lease in leases])
-                named = {lease.name for lease in wanted}
-                ops += self._names.plan(
-                    [replace(one, wish="up") if one.name in named else one for one in store.leases()]
-                )
+                wanted = [replace(one, wish="up") if one.wish == "down" else one for one in leases]
+                ops = self._preview(store, wanted, problems, orphans=names is None)
                 if not ops:
                     self._raise_first(problems)
                 for name, problem in problems.items():
@@ -281,6 +273,22 @@ class Engine:
             self._host.ensure(store)
             self.converge(store, names)
             return []
+
+    def _preview(
+        self, store: Store, leases: Sequence[Lease], problems: dict[str, VmnetError], *, orphans: bool
+    ) -> list[Op]:
+        """Return the ops that bring the host part, and guests, to what these leases wish, and with them names.
+
+        What bears our marks without a record goes too if `orphans`; what is in the way of guests is in `problems`.
+        """
+        by = {wish: [one for one in leases if one.wish == wish] for wish in ("up", "down", "deleting")}
+        ops = self._host.plan_up(store) + self._guests.plan_up(by["up"], problems)
+        ops += self._guests.plan_down(by["down"], keep_netns=True)
+        ops += self._guests.plan_down(by["deleting"], keep_netns=False)
+        if orphans:
+            ops += self.platform.orphans([one.name for one in leases])
+        wished = {one.name: one for one in leases}
+        return ops + self._names.plan([wished.get(one.name, one) for one in store.leases()])
 
     def keep(
         self, names: Collection[str] | None = None, *, host: bool = True, orphans: bool = True
@@ -317,13 +325,8 @@ class Engine:
         with self._reading() as store:
             if not self._host.is_wished_up(store):
                 return [], {}
-            every = store.leases()
-            by = {wish: [one for one in every if one.wish == wish] for wish in ("up", "down", "deleting")}
             problems: dict[str, VmnetError] = {}
-            ops = self._host.plan_up(store) + self._guests.plan_up(by["up"], problems)
-            ops += self._guests.plan_down(by["down"], keep_netns=True)
-            ops += self._guests.plan_down(by["deleting"], keep_netns=False)
-            return ops + self.platform.orphans([one.name for one in every]) + self._names.plan(every), problems
+            return self._preview(store, store.leases(), problems, orphans=True), problems
 
     def keep_or_raise(self) -> None:
         """Make the kernel match the records as they are; raises the first of what stays wrong."""
@@ -344,7 +347,10 @@ class Engine:
     def stamp(self) -> Stamp:
         """Return what differs when the records, the settings, the hosts file or what answers guests do."""
         return Stamp(
-            Store.stamp(self.paths.state), _stamp(self.paths.config), _stamp(self.paths.hosts), self._names.stamp()
+            Store.stamp(self.paths.state),
+            stamp(self.paths.config),
+            stamp(self.paths.hosts),
+            self._names.stamp(),
         )
 
     def answerer(self) -> int | None:
@@ -535,16 +541,6 @@ def _unless_overtaken(store: Store, new: Sequence[GuestSpec]) -> Iterator[None]:
         if any(store.lease(spec.name) for spec in new):
             raise _Overtaken from error
         raise
-
-
-def _stamp(file: Path | None) -> tuple[int, ...]:
-    try:
-        found = file.stat() if file else None
-    except OSError:
-        return ()
-    if found is None:
-        return ()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _now() -> str:

@@ -22,6 +22,7 @@ HOST_PART = IPNetwork("127.0.0.0/16")
 POOL_FIRST = 0x7F010000
 BLOCK_SIZE = 4
 POOL_BLOCKS = 1_032_192
+USUAL_MTU = 1500  # bytes: what an Ethernet device has by itself (RFC 894), and virtio's
 
 
 class VmnetError(Exception):

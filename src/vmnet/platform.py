@@ -119,3 +119,20 @@ class Report(Protocol):
     def begin(self, total: int) -> None: ...
     def did(self, op: Op) -> None: ...
     def warn(self, text: str) -> None: ...
+
+
+class Listener:
+    """A Report that says nothing, and keeps the warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def begin(self, total: int) -> None:
+        """Hear that `total` ops are to come."""
+
+    def did(self, op: Op) -> None:
+        """Hear that an op was carried out."""
+
+    def warn(self, text: str) -> None:
+        """Keep what a person should know."""
+        self.warnings.append(text)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vmnet.ipam import Pool
-from vmnet.model import NotPermitted, UsageError
+from vmnet.model import USUAL_MTU, NotPermitted, UsageError
 from vmnet.plan import Plane
 
 _DOMAIN = re.compile(r"(?=.{1,180}$)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
@@ -22,6 +22,11 @@ class Paths:
     run: Path
     config: Path
     hosts: Path | None
+
+    @property
+    def answers(self) -> Path:
+        """The folder of what dnsmasq reads."""
+        return self.run / "dns"
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> "Paths":
@@ -41,7 +46,7 @@ class Settings:
     """What the file of settings says; docs/reference/settings.md says what each of them means."""
 
     domain: str = "vmnet.internal"
-    mtu: int = 1500
+    mtu: int = USUAL_MTU
     guard_forwarding: bool = True
     pool: Pool = field(default_factory=Pool)
     plane: Plane = field(default_factory=Plane)

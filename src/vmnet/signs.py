@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vmnet import __version__
+from vmnet.ondisk import replace
 
 _PRIORITIES = {"info": 6, "warning": 4, "error": 3}  # syslog(3)
 # What is counted, and how Prometheus is told (its text format, version 0.0.4); those with causes bear a label.
@@ -101,9 +102,9 @@ class Signs:
             "wrong": wrong,
         }
         with suppress(OSError):
-            _replace(self._status, json.dumps(status))
+            replace(self._status, json.dumps(status))
         with suppress(OSError):
-            _replace(self._metrics, self._as_metrics(guests, len(held), len(wrong)))
+            replace(self._metrics, self._as_metrics(guests, len(held), len(wrong)))
 
     def _sum(self, what: str) -> int:
         return sum(times for (name, _), times in self._counts.items() if name == what)
@@ -133,12 +134,6 @@ class Signs:
         for file in (self._status, self._metrics):
             with suppress(OSError):
                 file.unlink()
-
-
-def _replace(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.new")
-    partial.write_text(text)
-    partial.replace(file)
 
 
 def read_status(run: Path) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from typer.exceptions import TyperException
 
 from vmnet import __version__
 from vmnet.cli import run as runs
+from vmnet.cli.caller import caller_uid
 from vmnet.cli.hooks import hooks
 from vmnet.cli.nextstep import libvirt_interface, qemu_arguments
 from vmnet.cli.run import cannot_run
@@ -81,15 +82,7 @@ def _open_engine(report: Report, holds_back: Callable[[Op], bool] = lambda _: Fa
     paths = Paths.from_environment()
     settings = load_settings(paths.config)
     with LinuxPlatform() as platform:
-        yield Engine(platform, settings, paths, report, _caller(), holds_back)
-
-
-def _caller() -> int:
-    """Return the uid behind the call: SUDO_UID, else the caller's."""
-    sudo = os.environ.get("SUDO_UID", "")
-    if os.geteuid() == 0 and sudo.isdecimal() and int(sudo) < 0xFFFFFFFF:
-        return int(sudo)
-    return os.getuid()
+        yield Engine(platform, settings, paths, report, caller_uid(), holds_back)
 
 
 @app.command()
@@ -114,18 +107,9 @@ def create(
     for option, value in (("--address", address), ("--mac", mac), ("--netns", netns)):
         if value is not None and len(names) > 1:
             raise UsageError(f"{option} is for one guest, not for {len(names)}", hint="call create once for each")
-    spec = GuestSpec(
-        name="",
-        kind=kind.value if kind else "veth" if netns is not None else None,
-        mode=_mode(native=native, mapped=mapped),
-        netns=netns,
-        address=_address(address),
-        mac=_mac(mac),
-        mtu=_between("--mtu", mtu, 576, 65535),
-        owner=_owner(owner),
-        queues=_between("--queues", queues, 1, 256),
-    )
-    specs = [replace(spec, name=check_name(name)) for name in names]
+    chosen = kind or (KindOption.veth if netns is not None else None)
+    spec = _spec(chosen, native, mapped, address, mac, mtu, owner, queues)
+    specs = [replace(spec, name=check_name(name), netns=netns) for name in names]
     with _engine(verbose=verbose) as engine:
         if dry_run:
             _say_plan(engine.create(specs, dry_run=True)[1], json_=json_, verbose=verbose)
@@ -330,17 +314,8 @@ def run(
     verbose: Verbose = False,
 ) -> None:
     """Create a guest, run CMD inside it (a tap's or a tun's outside), delete it; the exit code is CMD's."""
-    spec = GuestSpec(
-        name=check_name(name),
-        kind=kind.value,
-        mode=_mode(native=native, mapped=mapped),
-        address=_address(address),
-        mac=_mac(mac),
-        mtu=_between("--mtu", mtu, 576, 65535),
-        owner=_owner(owner),
-        queues=_between("--queues", queues, 1, 256),
-        new=True,
-    )
+    checked = check_name(name)
+    spec = replace(_spec(kind, native, mapped, address, mac, mtu, owner, queues), name=checked, new=True)
     with _engine(verbose=verbose) as engine:
         if dry_run:
             _say_plan(engine.create([spec], dry_run=True)[1], json_=False, verbose=verbose)
@@ -363,10 +338,30 @@ def _say_guests(engine: Engine, guests: Sequence[Seen], *, json_: bool, created:
         print_guests(guests, engine.settings, created=created)
 
 
-def _mode(*, native: bool, mapped: bool) -> Mode | None:
+def _spec(
+    kind: KindOption | None,
+    native: bool,
+    mapped: bool,
+    address: str | None,
+    mac: str | None,
+    mtu: int | None,
+    owner: str | None,
+    queues: int | None,
+) -> GuestSpec:
+    """Return what the options that `create` and `run` share ask for, for a guest that has no name yet."""
     if native and mapped:
         raise UsageError("--native and --mapped exclude each other", hint="leave one of them out")
-    return "native" if native else "mapped" if mapped else None
+    mode: Mode | None = "native" if native else "mapped" if mapped else None
+    return GuestSpec(
+        name="",
+        kind=kind.value if kind else None,
+        mode=mode,
+        address=_address(address),
+        mac=_mac(mac),
+        mtu=_between("--mtu", mtu, 576, 65535),
+        owner=_owner(owner),
+        queues=_between("--queues", queues, 1, 256),
+    )
 
 
 def _address(text: str | None) -> IPAddress | None:

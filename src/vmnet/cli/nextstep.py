@@ -4,9 +4,8 @@ import os
 import pwd
 import stat
 
-from vmnet.model import Conflict, Lease
+from vmnet.model import USUAL_MTU, Conflict, Lease
 
-_USUAL_MTU = 1500  # virtio's own where nothing is said
 _VHOST = "/dev/vhost-net"
 
 
@@ -40,7 +39,7 @@ def qemu_arguments(lease: Lease) -> list[str]:
         device += f",mq=on,vectors={2 * lease.queues + 2}"
     if _may_use(lease.owner, _VHOST):
         backend += ",vhost=on"
-    if lease.mtu != _USUAL_MTU:
+    if lease.mtu != USUAL_MTU:
         device += f",host_mtu={lease.mtu}"
     return ["-netdev", backend, "-device", device]
 
@@ -55,7 +54,7 @@ def libvirt_interface(lease: Lease) -> str:
     ]
     if lease.queues > 1:
         inner.append(f"<driver queues='{lease.queues}'/>")
-    if lease.mtu != _USUAL_MTU:
+    if lease.mtu != USUAL_MTU:
         inner.append(f"<mtu size='{lease.mtu}'/>")
     return "\n  ".join(["<interface type='ethernet'>", *inner]) + "\n</interface>"
 

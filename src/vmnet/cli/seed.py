@@ -1,10 +1,10 @@
 """What `show --cloud-init` prints and makes."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
+from vmnet.cli.caller import caller_gid
 from vmnet.cli.show import say
 from vmnet.cloudinit import render
 from vmnet.model import Lease, UsageError
@@ -20,7 +20,7 @@ def show_cloud_init(
     if user_data:
         documents["user-data"] = _text(user_data)
     if seed:
-        write_seed(seed, documents, (caller, _group()))
+        write_seed(seed, documents, (caller, caller_gid()))
     if as_json:
         say(json.dumps({**documents, "seed": str(seed)} if seed else documents))
     elif seed is None:
@@ -34,9 +34,3 @@ def _text(file: Path) -> str:
         return file.read_bytes().decode()
     except UnicodeDecodeError:
         raise UsageError(f"--user-data {file} is not text in UTF-8") from None
-
-
-def _group() -> int:
-    """Return the gid behind the call, as with the uid: SUDO_GID, else the caller's."""
-    sudo = os.environ.get("SUDO_GID", "")
-    return int(sudo) if os.geteuid() == 0 and sudo.isdecimal() and int(sudo) < 0xFFFFFFFF else os.getgid()

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from vmnet import __version__
 from vmnet.dnsmasq.files import Where, render_settings, render_tables
-from vmnet.dnsmasq.processes import end, end_servers, find_keeper, replace, wait_for_end
+from vmnet.dnsmasq.processes import PATH, end, end_servers, find_keeper, is_there, tell, wait_for_end
 from vmnet.locks import Locks
 from vmnet.model import Lease
+from vmnet.ondisk import find_program, replace
 from vmnet.ops import EndAnswers, Op, RunAnswers, WriteAnswers
 from vmnet.platform import Report
 from vmnet.settings import Paths, Settings
@@ -41,7 +42,6 @@ _SANDBOX = (
     "RestrictSUIDSGID=yes", "LockPersonality=yes", "MemoryDenyWriteExecute=yes", "SystemCallArchitectures=native",
     "RestrictAddressFamilies=AF_INET AF_INET6 AF_NETLINK AF_UNIX AF_PACKET", "UMask=0022",
 )  # fmt: skip
-_PROGRAM = ("/usr/local/sbin/dnsmasq", "/usr/sbin/dnsmasq", "/sbin/dnsmasq", "/usr/bin/dnsmasq")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,36 +58,41 @@ class Answers:
     @property
     def folder(self) -> Path:
         """Where dnsmasq's files are."""
-        return self.paths.run / "dns"
+        return self.paths.answers
 
     @property
     def _leases(self) -> Path:
         return self.paths.state / "dhcp.leases"
 
+    @property
+    def _problems(self) -> Path:
+        return self.folder / "problems"
+
     def plan(self, leases: Sequence[Lease]) -> list[Op]:
         """Return the ops after which guests are answered as those leases want it; say what is in the way now."""
         self._complain(leases)
-        return self._plan(leases)
+        return self._plan(leases)[0]
 
-    def _plan(self, leases: Sequence[Lease]) -> list[Op]:
+    def _plan(self, leases: Sequence[Lease]) -> tuple[list[Op], Mapping[str, str]]:
+        """Return the ops, and the texts of the files that they write."""
         alive = self._keeper_is_right()
-        wanted = self._render(leases) if alive or leases else {}
-        if not wanted or self._lacks_dnsmasq():
-            return []
+        if not (alive or leases) or self._lacks_dnsmasq():
+            return [], {}
+        wanted = self._render(leases)
         other = tuple(name for name, text in wanted.items() if not self._holds(name, text))
         ops: list[Op] = [WriteAnswers(str(self.folder), other)] if other else []
         if not alive:
             ops.append(RunAnswers(str(self.folder)))
-        return [op for op in ops if not self.holds_back(op)]
+        return [op for op in ops if not self.holds_back(op)], wanted
 
     def write(self, ask: Callable[[], Sequence[Lease]]) -> None:
         """Have guests answered as the leases that `ask` returns want it; it is asked when nobody else writes."""
         with self.locks.answers():
             leases = ask()
-            ops = self._plan(leases)
+            ops, wanted = self._plan(leases)
             try:
                 if ops:
-                    self._apply(ops, self._render(leases))
+                    self._apply(ops, wanted)
             except OSError as error:
                 self.report.warn(f"{error.filename or self.folder} cannot be written: {error.strerror}; {_WITHOUT}")
                 return
@@ -101,7 +106,7 @@ class Answers:
             return
         with self.locks.answers():
             op = EndAnswers(str(self.folder))
-            keeper = find_keeper(self.folder)
+            keeper = self.keeper()
             if keeper is not None:
                 end([keeper])
             end_servers(self.folder)
@@ -124,12 +129,10 @@ class Answers:
 
     def stamp(self) -> tuple[int, ...]:
         """Return what differs when the keeper is another, is gone, or says something else is wrong."""
-        keeper = find_keeper(self.folder)
-        if keeper is None:
+        if not is_there(self.keeper()):
             return ()
-        os.close(keeper)
         try:
-            found = [os.stat(self.folder / name) for name in ("keeper.pid", "problems")]
+            found = [os.stat(file) for file in (self.folder / "keeper.pid", self._problems)]
         except OSError:
             return (0,)
         return tuple(number for one in found for number in (one.st_ino, one.st_mtime_ns))
@@ -138,10 +141,8 @@ class Answers:
 
     def _keeper_is_right(self) -> bool:
         """Say whether there is a keeper of this version."""
-        keeper = find_keeper(self.folder)
-        if keeper is None:
+        if not is_there(self.keeper()):
             return False
-        os.close(keeper)
         with suppress(OSError):
             return (self.folder / "keeper.pid").read_text().split()[1:] == [_version()]
         return False
@@ -164,14 +165,14 @@ class Answers:
         }
 
     def _lacks_dnsmasq(self) -> bool:
-        return not any(os.access(program, os.X_OK) for program in _PROGRAM)
+        return find_program("dnsmasq", PATH) is None
 
     def _complain(self, leases: Sequence[Lease]) -> None:
         """Say what keeps guests from being answered."""
         if leases and self._lacks_dnsmasq():
             self.report.warn(f"dnsmasq is missing; {_WITHOUT} (install it: apt-get install dnsmasq-base)")
         with suppress(OSError):
-            for line in (self.folder / "problems").read_text().splitlines():
+            for line in self._problems.read_text().splitlines():
                 self.report.warn(f"dnsmasq for {line}; {_WITHOUT}")
 
     # What is done
@@ -184,21 +185,17 @@ class Answers:
                     replace(self.folder / name, wanted[name])
             else:
                 self._run()
-        keeper = find_keeper(self.folder)
-        if keeper is not None:
-            with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(keeper, signal.SIGHUP)
-            os.close(keeper)
+        tell(self.keeper(), signal.SIGHUP)
 
     def _run(self) -> None:
         """Start the keeper, in the place of another one, and wait until it has tried everything."""
-        former = find_keeper(self.folder)
+        former = self.keeper()
         if former is not None:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(former, signal.SIGKILL)  # what it keeps is taken over
             wait_for_end(former, _PATIENCE)
             os.close(former)
-        problems = self.folder / "problems"
+        problems = self._problems
         problems.unlink(missing_ok=True)
         started = self._start([*_KEEPER, str(self.folder), str(self._leases), _RESOLV, _version()])
         end_of_patience = time.monotonic() + _PATIENCE
@@ -216,13 +213,7 @@ class Answers:
         subprocess.run(["systemctl", "--quiet", "stop", _UNIT], stdin=null, stderr=null, check=False)
         sandbox = [*_SANDBOX, f"ReadWritePaths={self.folder} {self.paths.state}"]
         properties = [f"--property={one}" for one in sandbox]
-        unit = [
-            "systemd-run",
-            "--quiet",
-            "--collect",
-            f"--unit={_UNIT}",
-            "--description=DHCP and DNS for guests of vmnet",
-        ]
+        unit = ["systemd-run", "--quiet", "--collect", f"--unit={_UNIT}", "--description=DHCP and DNS for guests"]
         return subprocess.Popen([*unit, *properties, "--", *argv], stdin=null, stdout=null, stderr=null)
 
 
@@ -240,5 +231,5 @@ _WITHOUT = "guests have no DHCP or no names until that is put right"
 def _version() -> str:
     """Return what differs when the keeper that runs is another than the one that would be started."""
     folder = Path(__file__).parent
-    code = b"".join((folder / name).read_bytes() for name in ("keeper.py", "held.py", "processes.py"))
+    code = b"".join((folder / name).read_bytes() for name in ("keeper.py", "held.py", "processes.py", "../ondisk.py"))
     return f"{__version__}-{sha256(code).hexdigest()[:12]}"

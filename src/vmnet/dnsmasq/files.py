@@ -4,10 +4,8 @@ from collections.abc import Iterable, Mapping
 from string import Template
 from typing import NamedTuple
 
-from vmnet.model import Lease
+from vmnet.model import USUAL_MTU, Lease
 from vmnet.plan import Plane, dotted, shadow_of
-
-USUAL_MTU = 1500  # what an Ethernet device has by itself (RFC 894)
 
 
 class Where(NamedTuple):

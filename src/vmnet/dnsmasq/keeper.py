@@ -15,7 +15,18 @@ from contextlib import suppress
 from pathlib import Path
 
 from vmnet.dnsmasq.held import holders, with_holders
-from vmnet.dnsmasq.processes import SERVERS, conf_word, end, end_servers, find, find_server, replace
+from vmnet.dnsmasq.processes import (
+    PATH,
+    SERVERS,
+    conf_word,
+    end,
+    end_servers,
+    find,
+    find_server,
+    tell,
+    wait_for_end,
+)
+from vmnet.ondisk import replace, stamp
 
 _INTERVAL = 2.0  # seconds between two looks
 _LONGEST_PAUSE = 64.0  # seconds after which one that does not stay up is tried again
@@ -25,7 +36,6 @@ _READ = {"mapped": ("mapped.hosts",), "native": ("native.hosts",), "dhcp": ("dhc
 _FITTED = Path("/etc/dnsmasq.d/vmnet.conf")
 _SYSTEMS = "/usr/sbin/dnsmasq"
 _SYSTEMS_PIDS = (Path("/run/dnsmasq/dnsmasq.pid"), Path("/run/dnsmasq.pid"))
-_PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 
 
 class _Server:
@@ -82,7 +92,7 @@ class Keeper:
         conf = _text(self.folder / f"{name}.conf")
         if name == "dhcp":
             self._join()
-        if server.handle is not None and (_has_ended(server.handle) or conf != server.conf):
+        if server.handle is not None and (wait_for_end(server.handle, 0) or conf != server.conf):
             end([server.handle])
             server.handle = None
             if conf != server.conf:
@@ -98,18 +108,18 @@ class Keeper:
 
     def _stamps(self, name: str) -> tuple[object, ...]:
         files = [self.folder / one for one in _READ[name]]
-        return tuple(_stamp(one) for one in (files if name == "dhcp" else [*files, self.resolv]))
+        return tuple(stamp(one) for one in (files if name == "dhcp" else [*files, self.resolv]))
 
     def _join(self) -> None:
         """Make dhcp.live of dhcp.hosts and the leases given."""
         live, hosts = self.folder / "dhcp.live", self.folder / "dhcp.hosts"
-        sources = (_stamp(hosts), _stamp(self.leases), _stamp(live))
+        sources = (stamp(hosts), stamp(self.leases), stamp(live))
         if sources == self._joined:
             return
         wanted = with_holders(_text(hosts), holders(_text(self.leases)))
         if not live.exists() or wanted != _text(live):
             replace(live, wanted)
-        self._joined = (*sources[:2], _stamp(live))
+        self._joined = (*sources[:2], stamp(live))
 
     def _start(self, name: str, server: _Server, conf: str) -> None:
         """Take over the process that is there already with these settings, or start one."""
@@ -131,7 +141,7 @@ class Keeper:
             try:
                 server.starting = subprocess.Popen(
                     argv, stdin=null, stdout=null, stderr=subprocess.PIPE, text=True, errors="replace",
-                    env={"PATH": _PATH}, cwd="/",
+                    env={"PATH": PATH}, cwd="/",
                 )  # fmt: skip
             except OSError as error:
                 server.problem = f"it cannot be run: {error.strerror}"
@@ -149,18 +159,14 @@ class Keeper:
 
     def _tell_system(self) -> None:
         """Have the system's dnsmasq read the hosts file, which is written before ours, where names have changed."""
-        names = _stamp(self.folder / "native.hosts") + _stamp(_FITTED)
+        names = stamp(self.folder / "native.hosts") + stamp(_FITTED)
         if names == self._names:
             return
         self._names = names
         if not _FITTED.exists():
             return
         for pid_file in _SYSTEMS_PIDS:
-            handle = find(pid_file, _SYSTEMS)
-            if handle is not None:
-                with suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(handle, signal.SIGHUP)
-                os.close(handle)
+            tell(find(pid_file, _SYSTEMS), signal.SIGHUP)
 
     def _tell(self) -> None:
         """Write down what is wrong, a line for each, for the engine to say; the first time, that all has been tried."""
@@ -178,26 +184,11 @@ def _as_root(folder: Path) -> list[str]:
     return ["--user=root", "--group="] if alone or shut else []
 
 
-def _has_ended(handle: int) -> bool:
-    poll = select.poll()
-    poll.register(handle, select.POLLIN)
-    return bool(poll.poll(0))
-
-
 def _text(file: Path) -> str:
     try:
         return file.read_text(errors="replace")
     except FileNotFoundError:
         return ""
-
-
-def _stamp(file: Path) -> tuple[int, ...]:
-    """Return what differs when a file, or what a symlink leads to, is another or has changed."""
-    try:
-        found = file.stat()
-    except OSError:
-        return ()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def main() -> None:

@@ -6,6 +6,8 @@ import signal
 from contextlib import suppress
 from pathlib import Path
 
+PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
+"""Where dnsmasq is looked for."""
 SERVERS = ("dhcp", "mapped", "native")
 _PATIENCE = 3.0  # seconds that a process has to end by itself
 
@@ -43,6 +45,22 @@ def find_keeper(folder: Path) -> int | None:
     return find(folder / "keeper.pid", str(folder))
 
 
+def is_there(handle: int | None) -> bool:
+    """Say whether a process was found, and close its pidfd."""
+    if handle is None:
+        return False
+    os.close(handle)
+    return True
+
+
+def tell(handle: int | None, number: signal.Signals) -> None:
+    """Send a process that was found a signal, if it is still there, and close its pidfd."""
+    if handle is not None:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(handle, number)
+        os.close(handle)
+
+
 def end(handles: list[int]) -> None:
     """End those processes, by force if need be, and close the pidfds."""
     for number in (signal.SIGTERM, signal.SIGKILL):
@@ -65,10 +83,3 @@ def wait_for_end(handle: int, seconds: float) -> bool:
 def end_servers(folder: Path) -> None:
     """End each dnsmasq of that folder."""
     end([handle for server in SERVERS if (handle := find_server(folder, server)) is not None])
-
-
-def replace(file: Path, text: str) -> None:
-    """Replace what a file holds; whoever reads it sees all of the former, or all of the new."""
-    new = file.with_name(f".{file.name}.new")
-    new.write_text(text)
-    new.rename(file)

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+from vmnet.ondisk import find_program
 from vmnet.systemd import is_in_hosts_netns, systemd_runs
 
 _Question: TypeAlias = Callable[[], bool]
 
 ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
-_FOLDERS = ENVIRONMENT["PATH"].split(":")
 _PATIENCE = 120  # seconds for a program to answer; a start of the service with thousands of guests takes most
 
 
@@ -84,7 +84,7 @@ def _exists(*paths: str) -> _Question:
 
 
 def _is_program(name: str) -> bool:
-    return any(os.access(f"{folder}/{name}", os.X_OK) for folder in _FOLDERS)
+    return find_program(name, ENVIRONMENT["PATH"]) is not None
 
 
 def _has(program: str) -> _Question:

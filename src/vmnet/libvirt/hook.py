@@ -12,26 +12,13 @@ from vmnet.engine import Engine
 from vmnet.libvirt.domain import LARGEST, Domain, Interface, parse_domain
 from vmnet.linux.platform import LinuxPlatform
 from vmnet.model import Conflict, NoSuchGuest, UsageError, VmnetError
-from vmnet.ops import Op
+from vmnet.platform import Listener
 from vmnet.settings import Paths, load_settings
 from vmnet.specs import GuestSpec
 from vmnet.store import DomainKey
 
 _LIMIT = 5  # seconds
 _FAILED = 1
-
-
-class _Silent:
-    """Hears what is done and says nothing: what stands on stderr is for a domain that is not started."""
-
-    def begin(self, total: int) -> None:
-        """Hear that `total` ops are to come."""
-
-    def did(self, op: Op) -> None:
-        """Hear that an op was carried out."""
-
-    def warn(self, text: str) -> None:
-        """Hear what a person should know."""
 
 
 def main(arguments: list[str]) -> int:
@@ -47,7 +34,8 @@ def main(arguments: list[str]) -> int:
         if domain.interfaces:
             paths = Paths.from_environment()
             with LinuxPlatform() as platform:
-                act(Engine(platform, load_settings(paths.config), paths, _Silent()), domain)
+                # What stands on stderr is for a domain that is not started.
+                act(Engine(platform, load_settings(paths.config), paths, Listener()), domain)
     except (VmnetError, OSError) as error:
         if operation == "prepare":
             said = error.message if isinstance(error, VmnetError) else str(error)

@@ -4,7 +4,6 @@ They are in nf_tables, or in the older ip_tables, or in both. Only iptables itse
 what nft has written. On a host without such chains no program is started.
 """
 
-import os
 import socket
 import subprocess
 from pathlib import Path
@@ -13,6 +12,7 @@ from vmnet.firewalls import COMMENT, OFFERED, Chain
 from vmnet.linux import nft
 from vmnet.linux.netlink import NETLINK_NETFILTER, Message, Netlink, text
 from vmnet.model import HostLacks, KernelRefused
+from vmnet.ondisk import find_program
 from vmnet.ops import PutRules
 
 NFT, LEGACY = "iptables-nft", "iptables-legacy"
@@ -104,8 +104,7 @@ def put(op: PutRules) -> None:
 
 def _run(program: str, *arguments: str, script: str = "") -> subprocess.CompletedProcess[str] | None:
     """Run a program of iptables; None where it is missing."""
-    folders = _ENVIRONMENT["PATH"].split(":")
-    path = next((f"{folder}/{program}" for folder in folders if os.access(f"{folder}/{program}", os.X_OK)), None)
+    path = find_program(program, _ENVIRONMENT["PATH"])
     if path is None:
         return None
     return subprocess.run(

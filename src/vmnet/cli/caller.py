@@ -1,0 +1,18 @@
+"""Who is behind the call: sudo says so in the environment."""
+
+import os
+
+
+def caller_uid() -> int:
+    """Return the uid behind the call: SUDO_UID, else the caller's."""
+    return _told_by_sudo("SUDO_UID", os.getuid())
+
+
+def caller_gid() -> int:
+    """Return the gid behind the call: SUDO_GID, else the caller's."""
+    return _told_by_sudo("SUDO_GID", os.getgid())
+
+
+def _told_by_sudo(variable: str, own: int) -> int:
+    told = os.environ.get(variable, "")
+    return int(told) if os.geteuid() == 0 and told.isdecimal() and int(told) < 0xFFFFFFFF else own
