@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import count
 from typing import NamedTuple, NoReturn
 
 from vmnet.found import load_found
@@ -17,6 +18,7 @@ from vmnet.guests import Guests, apply_all, chunks
 from vmnet.hostpart import HostPart
 from vmnet.locks import Locks
 from vmnet.model import (
+    NAME_MAX,
     Conflict,
     KernelRefused,
     Lease,
@@ -184,7 +186,7 @@ class Engine:
     def create_and_look(self, specs: Sequence[GuestSpec]) -> list[Seen]:
         """Make guests as `create` does and say how they are: those to be up were seen to be, or it raises."""
         leases, _ = self.create(specs)
-        others = [lease.name for lease in leases if lease.wish != "up"]
+        others = [lease.name for lease in leases if lease.wish != "up" or lease.maker != "vmnet"]
         seen = {one.lease.name: one for one in self.look(others)} if others else {}
         return [seen.get(lease.name) or Seen(lease, "up") for lease in leases]
 
@@ -416,13 +418,48 @@ class Engine:
 
     # Guests of libvirt's domains
 
-    def claim(self, spec: GuestSpec, key: DomainKey) -> None:
-        """Have the tap of a domain's interface there, made now or before, and record whose it is.
+    def guest_of(self, uuid: str, mac: str) -> Lease | None:
+        """Return the guest that is an interface of a domain, None without one."""
+        with self._reading() as store:
+            name = store.guest_of(uuid, mac)
+            return store.lease(name) if name else None
 
-        Raises Conflict where it is in use, by another domain or without libvirt.
+    def guest_for(self, key: DomainKey, name: str, macs: Collection[str] | None) -> str:
+        """Return which guest a domain's interface is to be: the one it was, else the first of NAME, NAME-2, ... it can.
+
+        It cannot be one of another domain, unless that had this one's name, nor one of another interface of its own,
+        unless it has none of that MAC any more; `macs` are those it has, None where they are not known.
+        """
+        with self._reading() as store:
+            known = store.guest_of(key.uuid, key.mac)
+            if known:
+                return known
+            for number in count(1):
+                tail = f"-{number}" if number > 1 else ""
+                candidate = name[: NAME_MAX - len(tail)].rstrip("-") + tail
+                holder = store.domain(candidate)
+                if holder is None:
+                    return candidate
+                if holder.uuid != key.uuid:
+                    if holder.domain == key.domain:
+                        return candidate
+                elif macs is not None and holder.mac not in macs:
+                    return candidate
+        raise AssertionError("count() has no end")
+
+    def claim(self, spec: GuestSpec, key: DomainKey) -> None:
+        """Record whose a domain's interface is, and have its tap there, made now or before, where vmnet makes it.
+
+        Raises Conflict where it, or for a tap that libvirt makes its MAC, is in use by others.
         """
         with self._reading() as store:
             lease, holder = store.lease(spec.name), store.domain(spec.name)
+            twins = store.leases([name for name, one in store.domains().items() if one.mac == key.mac])
+        for one in twins:
+            if spec.maker == "libvirt" and one.name != spec.name and self.platform.is_open(one.device):
+                raise Conflict(
+                    f"{one.name}, which runs, has the MAC {key.mac}, too", hint="give each domain a MAC of its own"
+                )
         if lease and self.platform.is_open(lease.device):
             user = "a program outside libvirt"
             if holder and holder.uuid != key.uuid:
@@ -431,11 +468,15 @@ class Engine:
                 f"{lease.device} is in use by {user}",
                 hint="give this one a guest of its own: another NAME in <target dev='vmn-NAME' managed='no'/>",
             )
+        if lease:
+            with self._writing(dry_run=False) as store:
+                store.set_domain(spec.name, key, spec.maker)
         for made in self.create([spec])[0]:
             if made.wish != "up":
                 self.up([made.name])
         with self._writing(dry_run=False) as store:
-            store.set_domain(spec.name, key)
+            store.set_domain(spec.name, key, spec.maker)
+            self._host.ensure(store)  # libvirt's bridge is part of it from now on
 
     def unclaim(self, name: str, uuid: str) -> None:
         """Take the device of a guest away whose domain has ended, unless others use it, and keep the record."""

@@ -220,6 +220,7 @@ class HostPart:
             holes=tuple(spans["foreign"]),
             text=text,
             listing=self._listings[text],
+            libvirt=store.has_libvirts(),
         )
 
 

@@ -15,6 +15,7 @@ Kind: TypeAlias = Literal["tap", "veth", "tun"]
 Mode: TypeAlias = Literal["mapped", "native"]
 Wish: TypeAlias = Literal["up", "down", "deleting"]
 State: TypeAlias = Literal["up", "down", "degraded"]
+Maker: TypeAlias = Literal["vmnet", "libvirt"]
 
 LOOPBACK = IPNetwork("127.0.0.0/8")
 POOL_SPAN = IPNetwork("127.0.0.0/10")
@@ -22,6 +23,7 @@ HOST_PART = IPNetwork("127.0.0.0/16")
 POOL_FIRST = 0x7F010000
 BLOCK_SIZE = 4
 POOL_BLOCKS = 1_032_192
+LIBVIRT_BRIDGE = "vmn-_bridge"  # no guest's device: a name has no underscore, and a shortened one has it further on
 USUAL_MTU = 1500  # bytes: what an Ethernet device has by itself (RFC 894), and virtio's
 
 
@@ -78,6 +80,7 @@ class HostLacks(VmnetError):
     exit_code = 7
 
 
+NAME_MAX = 63  # of a label (RFC 1123, section 2.1)
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _DIGITS = string.ascii_letters + string.digits
 _DEVICE_NAME_MAX = 15  # IFNAMSIZ is 16 with the final NUL (include/uapi/linux/if.h)
@@ -186,7 +189,8 @@ class Netns:
 class Lease:
     """The record that a guest holds a block, with all that its devices are made from.
 
-    `mac` is the guest's own MAC (None for a tun), `owner` the uid that may open its tap and manage it.
+    `mac` is the guest's own MAC (None for a tun), `owner` the uid that may open its tap and manage it. `maker` is who
+    makes its device: libvirt does for a domain on its network `vmnet`, and vmnet takes that tap over.
     """
 
     name: str
@@ -200,6 +204,7 @@ class Lease:
     netns: Netns | None
     wish: Wish
     created: str
+    maker: Maker = "vmnet"
 
     @property
     def device(self) -> str:

@@ -249,6 +249,32 @@ class AddVeth(NamedTuple):
         )
 
 
+class AddBridge(NamedTuple):
+    """Make a bridge; it is down, and so no frame gets from one of its ports to another."""
+
+    device: str
+
+    def __str__(self) -> str:
+        return f"+ bridge {self.device}"
+
+    def command(self) -> str:
+        return f"ip link add {self.device} type bridge"
+
+
+class AddAltName(NamedTuple):
+    """Give a device another name beside its own."""
+
+    device: str
+    ifindex: int
+    name: str
+
+    def __str__(self) -> str:
+        return f"+ name {self.name} for {self.device}"
+
+    def command(self) -> str:
+        return f"ip link property add dev {self.device} altname {self.name}"
+
+
 class AddTun(NamedTuple):
     """Make a tun or tap, which lives only while it is open until it is made persistent."""
 
@@ -296,7 +322,7 @@ class DelLink(NamedTuple):
 
 
 class SetLink(NamedTuple):
-    """Change properties of a device; None leaves one as it is."""
+    """Change properties of a device; None leaves one as it is. `master`: 0 takes it off a bridge."""
 
     place: str
     device: str
@@ -308,6 +334,7 @@ class SetLink(NamedTuple):
     up: bool | None = None
     multicast: bool | None = None
     name: str | None = None
+    master: int | None = None
 
     def _words(self) -> str:
         words = []
@@ -325,6 +352,8 @@ class SetLink(NamedTuple):
             words.append("up" if self.up else "down")
         if self.name is not None:
             words.append(f"name {self.name}")
+        if self.master is not None:
+            words.append(f"master {self.master}" if self.master else "nomaster")
         return " ".join(words)
 
     def __str__(self) -> str:
@@ -530,6 +559,7 @@ class EndAnswers(NamedTuple):
 
 Op: TypeAlias = (
     AddRoute | DelRoute | AddAddress | DelAddress | PutBackAddress | SetNeighbour | DelNeighbour | AddNetns | DelNetns
-    | AddVeth | AddTun | PersistTun | DelLink | SetLink | SetConf | SetSysctl | AddClsact | DelFilter | SetFilter
-    | LoadRules | DelRules | ForgetFlows | PutRules | WriteNames | WriteAnswers | RunAnswers | EndAnswers
+    | AddVeth | AddTun | AddBridge | AddAltName | PersistTun | DelLink | SetLink | SetConf | SetSysctl | AddClsact
+    | DelFilter | SetFilter | LoadRules | DelRules | ForgetFlows | PutRules | WriteNames | WriteAnswers | RunAnswers
+    | EndAnswers
 )  # fmt: skip

@@ -13,13 +13,15 @@ from netaddr import IPNetwork, IPSet
 from vmnet import filters
 from vmnet.firewalls import Bridge, Chain, plan_chains, plan_chains_removal
 from vmnet.ipam import gateway_mac
-from vmnet.model import HOST_PART, LOOPBACK, POOL_SPAN, Block, Conflict, Lease, NetnsId
+from vmnet.model import HOST_PART, LIBVIRT_BRIDGE, LOOPBACK, POOL_SPAN, Block, Conflict, Lease, Maker, NetnsId
 from vmnet.ops import (
     SCOPE_HOST,
     SCOPE_LINK,
     TABLE_LOCAL,
     TABLE_MAIN,
     AddAddress,
+    AddAltName,
+    AddBridge,
     AddClsact,
     AddNetns,
     Address,
@@ -88,7 +90,7 @@ class Link:
     """A device as the kernel shows it; `kind` is veth, tap, tun or whatever else it is.
 
     `conf` holds the IPv4 sysctls of HOST_CONF; `disable_ipv6` is None on a kernel without IPv6, `owner` is None
-    for a tap that anybody may open.
+    for a tap that anybody may open; `master` is the index of the bridge whose port it is, 0 for none.
     """
 
     index: int
@@ -105,6 +107,7 @@ class Link:
     owner: int | None = None
     multi_queue: bool = False
     persist: bool = True
+    master: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +146,7 @@ class GuestView:
 
     `inside` is None where the namespace is not there, is not ours, or may not be looked into, `netns_id` which one was
     seen to be ours. `stub`: an absent one's path is an empty file, as a run leaves it that is killed while it makes or
-    deletes a namespace.
+    deletes a namespace. `offered`: the device is one that libvirt made for the guest, and is not taken over yet.
     """
 
     host: Side = field(default_factory=Side)
@@ -151,11 +154,12 @@ class GuestView:
     inside: Inside | None = None
     stub: bool = False
     netns_id: NetnsId | None = None
+    offered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Guest:
-    """A guest as desired, on both of its sides."""
+    """A guest as desired, on both of its sides; `maker` is who makes its device."""
 
     name: str
     kind: str
@@ -168,6 +172,7 @@ class Guest:
     owned_netns: bool = False
     owner: int = 0
     queues: int = 1
+    maker: Maker = "vmnet"
 
 
 def dotted(number: int) -> str:
@@ -232,7 +237,7 @@ def desire(lease: Lease, plane: Plane, *, index_shift: int = 0) -> Guest:
     )
     guest = Guest(
         name=lease.name, kind=lease.kind, index=index, host=host, programs=programs, owner=lease.owner,
-        queues=lease.queues,
+        queues=lease.queues, maker=lease.maker,
     )  # fmt: skip
     if lease.kind != "veth" or lease.netns is None or lease.mac is None:
         return guest
@@ -299,11 +304,9 @@ def plan_guest(desired: Guest, observed: GuestView) -> list[Op]:
     wanted = desired.host.link
     assert wanted is not None
     link = observed.host.link
-    if link and not is_ours(link, desired):
-        raise Conflict(
-            f"a device {link.name} is there that is not ours ({link.kind}, group {link.group}, alias {link.alias!r})",
-            hint=f"rename or delete it (ip link del {link.name}), or give the guest another name",
-        )
+    _refuse_others(link, desired, offered=observed.offered)
+    if desired.maker == "libvirt":
+        return _plan_taken_over(desired, observed.host)
     ops: list[Op] = []
     if desired.peer:
         if observed.netns == "stranger":
@@ -343,6 +346,32 @@ def plan_guest(desired: Guest, observed: GuestView) -> list[Op]:
     return ops
 
 
+def _refuse_others(link: Link | None, desired: Guest, *, offered: bool) -> None:
+    if link and not (offered or is_ours(link, desired)):
+        raise Conflict(
+            f"a device {link.name} is there that is not ours ({link.kind}, group {link.group}, alias {link.alias!r})",
+            hint=f"rename or delete it (ip link del {link.name}), or give the guest another name",
+        )
+
+
+def _plan_taken_over(desired: Guest, observed: Side) -> list[Op]:
+    """Return the ops that make a tap of libvirt's the guest's; without one there is nothing to do.
+
+    It is taken off the bridge while it is down: up, it is to have its filters.
+    """
+    link = observed.link
+    if link is None:
+        return []
+    if link.persist:
+        return [DelLink(HOST, link.name, link.index)]  # made by vmnet, when that made the guest's
+    if not link.master:
+        return _plan_host_side(desired, link, observed)
+    link = replace(link, up=False, master=0)
+    observed = replace(observed, routes=frozenset(), neighbours=frozenset())
+    off: Op = SetLink(HOST, link.name, link.index, up=False, master=0)
+    return [off, *_plan_host_side(desired, link, observed)]
+
+
 def _make_device(desired: Guest) -> list[Op]:
     wanted = desired.host.link
     assert wanted is not None
@@ -366,7 +395,10 @@ def _plan_host_side(desired: Guest, link: Link, observed: Side) -> list[Op]:
     name, index = link.name, link.index
     if name != wanted.name:
         # Before Linux 6.2 a device that is up keeps its name. One that goes down loses routes and neighbours.
-        named = [SetLink(HOST, name, index, up=False), SetLink(HOST, name, index, name=wanted.name)]
+        named: list[Op] = [SetLink(HOST, name, index, up=False)] if link.up else []
+        named.append(SetLink(HOST, name, index, name=wanted.name))
+        if desired.maker == "libvirt" and link.alias != wanted.alias:
+            named.append(AddAltName(wanted.name, index, name))  # libvirt goes on to call it so
         link = replace(link, name=wanted.name, up=False)
         return named + _plan_host_side(desired, link, replace(observed, routes=frozenset(), neighbours=frozenset()))
     ops: list[Op] = []
@@ -414,7 +446,8 @@ def _plan_host_side(desired: Guest, link: Link, observed: Side) -> list[Op]:
         SetNeighbour(HOST, name, index, address, mac)
         for address, mac in sorted(desired.host.neighbours - observed.neighbours)
     ]
-    if desired.kind != "veth" and (not link.persist or link.owner != wanted.owner):
+    mine = desired.maker == "vmnet" and desired.kind != "veth"
+    if mine and (not link.persist or link.owner != wanted.owner):
         ops.append(PersistTun(name, desired.kind, desired.owner, desired.queues))
     return ops
 
@@ -541,6 +574,7 @@ class HostView:
     """The host part as observed: lo, routes of our protocol, the listing of our table, ip_forward.
 
     `chains` are those of other firewalls, seen only with rights; `bridges` matter only where there are such chains.
+    `libvirt` is the device on which libvirt puts the taps of its network `vmnet`.
     """
 
     lo: tuple[LoAddress, ...]
@@ -550,6 +584,7 @@ class HostView:
     ip_forward: int
     chains: tuple[Chain, ...] = ()
     bridges: tuple[Bridge, ...] = ()
+    libvirt: Link | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -557,6 +592,7 @@ class HostWish:
     """The host part as desired: `kept` are ranges of the pool that stay local, `holes` those left to others.
 
     `text` is the ruleset as it is loaded, `listing` how nft lists it; None where the caller may not see rules.
+    `libvirt`: a bridge is needed on which libvirt can put its taps.
     """
 
     plane: Plane
@@ -564,6 +600,7 @@ class HostWish:
     holes: tuple[IPNetwork, ...]
     text: str
     listing: str | None
+    libvirt: bool = False
 
 
 def kept_local(pool: Iterable[IPNetwork], reserved: Iterable[IPNetwork], used: Iterable[IPNetwork]) -> list[IPNetwork]:
@@ -621,7 +658,18 @@ def plan_host(wish: HostWish, observed: HostView) -> list[Op]:
     ops += plan_chains(observed.chains, observed.bridges, wish.plane.dns_port)
     if observed.ip_forward != 1:
         ops.append(SetSysctl("net/ipv4/ip_forward", 1))
-    return ops + plan_carved_lo(HOST, observed.lo)
+    return ops + _plan_bridge(observed.libvirt, wanted=wish.libvirt) + plan_carved_lo(HOST, observed.lo)
+
+
+def _plan_bridge(link: Link | None, *, wanted: bool) -> list[Op]:
+    """Return the ops for the bridge of libvirt's network: it is always down, so that nothing goes from port to port."""
+    if link is None:
+        return [AddBridge(LIBVIRT_BRIDGE)] if wanted else []
+    if link.kind != "bridge":
+        return []  # somebody else's: libvirt will say so
+    if not wanted:
+        return [DelLink(HOST, link.name, link.index)]
+    return [SetLink(HOST, link.name, link.index, up=False)] if link.up else []
 
 
 def _plan_source(place: str, lo: Sequence[LoAddress]) -> list[Op]:
@@ -711,6 +759,7 @@ def plan_host_removal(
     ops = plan_chains_removal(observed.chains)
     if observed.listing is not None:
         ops.append(DelRules())
+    ops += _plan_bridge(observed.libvirt, wanted=False)
     if found or observed.routes:
         ops += plan_restored_lo(HOST, observed.lo, found.lo if found else None)
     ops += [DelRoute(HOST, route, _index(route)) for route in sorted(observed.routes, key=_fence_first)]

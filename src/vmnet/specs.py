@@ -5,7 +5,7 @@ from pathlib import PurePath
 
 from netaddr import IPAddress
 
-from vmnet.model import Conflict, Kind, Lease, Mode, Netns, NetnsId, UsageError
+from vmnet.model import Conflict, Kind, Lease, Maker, Mode, Netns, NetnsId, UsageError
 from vmnet.platform import Platform
 from vmnet.settings import Settings
 from vmnet.store import LeaseRequest
@@ -18,7 +18,7 @@ _DEFAULT_MODES: dict[Kind, Mode] = {"tap": "mapped", "veth": "native", "tun": "n
 class GuestSpec:
     """What the caller asks a guest to be; None leaves a property to its default, or as it is.
 
-    `new`: there must be no guest of that name yet.
+    `new`: there must be no guest of that name yet. `maker`: who makes the device of a guest that is new.
     """
 
     name: str
@@ -31,6 +31,7 @@ class GuestSpec:
     owner: int | None = None
     queues: int | None = None
     new: bool = False
+    maker: Maker = "vmnet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +112,7 @@ class Asking:
             queues=spec.queues or 1,
             netns=netns,
             address=spec.address,
+            maker=spec.maker,
         )
 
     def _netns_path(self, netns: str) -> str:

@@ -29,6 +29,7 @@ from vmnet.model import (
     KernelRefused,
     Kind,
     Lease,
+    Maker,
     Mode,
     Netns,
     NetnsId,
@@ -55,9 +56,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             block INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, mode TEXT NOT NULL, mac TEXT,
             mtu INTEGER NOT NULL, owner INTEGER NOT NULL, queues INTEGER NOT NULL, netns_path TEXT,
             netns_owned INTEGER, netns_device INTEGER, netns_inode INTEGER, netns_boot_id TEXT, netns_cookie INTEGER,
-            wish TEXT NOT NULL, created TEXT NOT NULL) STRICT""",
+            wish TEXT NOT NULL, created TEXT NOT NULL, maker TEXT NOT NULL) STRICT""",
         # Who has a name in the hosts file: asked for by each create and delete.
         "CREATE INDEX lease_up ON lease (block, name) WHERE wish = 'up'",
+        "CREATE INDEX lease_libvirt ON lease (name) WHERE maker = 'libvirt'",
         # What the pool last used allows, reservations taken off; and the part of it that nobody ever had.
         "CREATE TABLE allocatable (lo INTEGER PRIMARY KEY, hi INTEGER NOT NULL) STRICT",
         "CREATE TABLE unused (hi INTEGER PRIMARY KEY, lo INTEGER NOT NULL) STRICT",
@@ -74,7 +76,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             netns_inode INTEGER NOT NULL) STRICT""",
         # Which domain of libvirt's a guest belongs to; it goes with the guest.
         """CREATE TABLE domain (
-            name TEXT PRIMARY KEY, uuid TEXT NOT NULL, mac TEXT NOT NULL) STRICT""",
+            name TEXT PRIMARY KEY, uuid TEXT NOT NULL, mac TEXT NOT NULL, domain TEXT NOT NULL) STRICT""",
     ),
 )
 
@@ -84,10 +86,11 @@ class RecordsUnreadable(Conflict):
 
 
 class DomainKey(NamedTuple):
-    """What tells one interface of libvirt's domains from another: the domain's UUID, and the MAC."""
+    """What tells one interface of libvirt's domains from another: the domain's UUID, and the MAC; and its name."""
 
     uuid: str
     mac: str
+    domain: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,7 @@ class LeaseRequest:
     queues: int
     netns: Netns | None
     address: IPAddress | None
+    maker: Maker = "vmnet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,13 +257,36 @@ class Store:
     def domain(self, name: str) -> DomainKey | None:
         """Return which domain of libvirt's a guest belongs to, None for one that libvirt does not know."""
         with self._reading() as db:
-            row = db.execute("SELECT uuid, mac FROM domain WHERE name = ?", (name,)).fetchone()
+            row = db.execute("SELECT uuid, mac, domain FROM domain WHERE name = ?", (name,)).fetchone()
             return None if row is None else DomainKey(*row)
 
-    def set_domain(self, name: str, key: DomainKey) -> None:
-        """Record which domain of libvirt's a guest belongs to."""
+    def guest_of(self, uuid: str, mac: str) -> str | None:
+        """Return the name of the guest that is an interface of a domain of libvirt's, None without one."""
+        with self._reading() as db:
+            row = db.execute("SELECT name FROM domain WHERE uuid = ? AND mac = ? ORDER BY name", (uuid, mac)).fetchone()
+            return None if row is None else str(row[0])
+
+    def domains(self) -> dict[str, DomainKey]:
+        """Return which guests belong to which domains of libvirt's, by the guests' names."""
+        with self._reading() as db:
+            rows = db.execute("SELECT name, uuid, mac, domain FROM domain ORDER BY name")
+            return {name: DomainKey(*key) for name, *key in rows}
+
+    def set_domain(self, name: str, key: DomainKey, maker: Maker) -> None:
+        """Record which domain of libvirt's a guest belongs to, and who makes its tap.
+
+        Of a tap that libvirt makes nothing but the MAC tells whose it is, so the guest has that of its domain.
+        """
         with self._writing() as db:
-            db.execute("INSERT OR REPLACE INTO domain (name, uuid, mac) VALUES (?, ?, ?)", (name, *key))
+            db.execute("INSERT OR REPLACE INTO domain (name, uuid, mac, domain) VALUES (?, ?, ?, ?)", (name, *key))
+            db.execute("UPDATE lease SET maker = ? WHERE name = ?", (maker, name))
+            if maker == "libvirt":
+                db.execute("UPDATE lease SET mac = ? WHERE name = ?", (key.mac, name))
+
+    def has_libvirts(self) -> bool:
+        """Say whether there are guests whose taps libvirt makes."""
+        with self._reading() as db:
+            return bool(_number(db.execute("SELECT EXISTS (SELECT 1 FROM lease WHERE maker = 'libvirt')")))
 
     def host(self) -> HostRecord | None:
         """Return what is recorded of the host part, None before the first `set_host`."""
@@ -330,9 +357,10 @@ class Store:
 
 _COLUMNS = (
     "block, name, kind, mode, mac, mtu, owner, queues,"
-    " netns_path, netns_owned, netns_device, netns_inode, netns_boot_id, netns_cookie, wish, created"
+    " netns_path, netns_owned, netns_device, netns_inode, netns_boot_id, netns_cookie, wish, created,"
+    " maker"
 )
-_INSERT_LEASE = f"INSERT INTO lease ({_COLUMNS}) VALUES ({', '.join('?' * 16)})"
+_INSERT_LEASE = f"INSERT INTO lease ({_COLUMNS}) VALUES ({', '.join('?' * 17)})"
 _NETNS_SET = "netns_path = ?, netns_owned = ?, netns_device = ?, netns_inode = ?, netns_boot_id = ?, netns_cookie = ?"
 _IS_ALLOCATABLE = "coalesce((SELECT hi > {0} FROM allocatable WHERE lo <= {0} ORDER BY lo DESC LIMIT 1), 0)"
 
@@ -466,6 +494,7 @@ def _new_lease(request: LeaseRequest, block: Block, created: str) -> Lease:
         netns=request.netns,
         wish="up",
         created=created,
+        maker=request.maker,
     )
 
 
@@ -483,16 +512,18 @@ def _netns_row(netns: Netns | None) -> _NetnsRow:
 
 def _lease_row(lease: Lease) -> tuple[object, ...]:
     words = (lease.block.number, lease.name, lease.kind, lease.mode, lease.mac, lease.mtu, lease.owner, lease.queues)
-    return (*words, *_netns_row(lease.netns), lease.wish, lease.created)
+    return (*words, *_netns_row(lease.netns), lease.wish, lease.created, lease.maker)
 
 
 def _lease(row: tuple[object, ...]) -> Lease:
-    block, name, kind, mode, mac, mtu, owner, queues, path, owned, *which, wish, created = row
+    block, name, kind, mode, mac, mtu, owner, queues, path, owned, *which, wish, created, maker = row
     netns = None
     if path is not None:
         identity = None if which[0] is None else NetnsId(*which)  # type: ignore[arg-type]
         netns = Netns(path, bool(owned), identity)  # type: ignore[arg-type]
-    return Lease(name, Block(block), kind, mode, mac, mtu, owner, queues, netns, wish, created)  # type: ignore[arg-type]
+    return Lease(
+        name, Block(block), kind, mode, mac, mtu, owner, queues, netns, wish, created, maker,  # type: ignore[arg-type]
+    )  # fmt: skip
 
 
 def _find_lease(db: sqlite3.Connection, name: str) -> Lease | None:

@@ -22,6 +22,7 @@ laptops are wired together. Everything ends with the laptop at the latest.
 import platform
 import signal
 import socket
+from importlib.resources import files
 from types import TracebackType
 from typing import Self
 from uuid import uuid4
@@ -150,6 +151,13 @@ class Libvirtd:
         path.write_text(xml)
         self.virsh("define", str(path))
 
+    def define_network(self) -> None:
+        """Define and start the network `vmnet`."""
+        path = self.laptop.folder / "network.xml"
+        path.write_bytes((files("vmnet") / "templates/libvirt/network.xml").read_bytes())
+        self.virsh("net-define", str(path))
+        self.virsh("net-start", "vmnet")
+
     def running(self) -> list[str]:
         """Return the names of the domains that run, or are paused."""
         return self.virsh("list", "--name").out.split()
@@ -160,6 +168,15 @@ def ethernet(device: str, mac: str) -> str:
     return (
         f"<interface type='ethernet'><mac address={quoteattr(mac)}/>"
         f"<target dev={quoteattr(device)} managed='no'/><model type='virtio'/></interface>"
+    )
+
+
+def on_network(mac: str, device: str = "") -> str:
+    """Return the interface of a domain on the network `vmnet`, whose tap libvirt makes: `device`, or vnetN."""
+    target = f"<target dev={quoteattr(device)}/>" if device else ""
+    return (
+        f"<interface type='network'><mac address={quoteattr(mac)}/><source network='vmnet'/>{target}"
+        "<model type='virtio'/></interface>"
     )
 
 

@@ -270,8 +270,7 @@ def damaged(laptop: Laptop) -> Callable[[], None]:
         "unshare", "--net", "setpriv", "--reuid=65534", "--clear-groups", "sh", "-c", "echo $$; cat"
     )
     assert stranger.stdout
-    stranger.stdout.readline()
-    [pid] = laptop.run("pgrep", "-u", "65534", "-x", "sh").split()
+    pid = stranger.stdout.readline().strip()
     laptop.vmnet("create", "web", "--kind", "veth")
     laptop.vmnet("create", "job", "--netns", f"/proc/{pid}/ns/net")
     if why_no_tap() is None:

@@ -7,16 +7,18 @@ from typing import Any
 
 import pytest
 
-from tests.kernel.libvirtd import Domain, Libvirtd, domain_xml, ethernet
+from tests.kernel.libvirtd import Domain, Libvirtd, domain_xml, ethernet, on_network
 from tests.kernel.machine import Machine, wait_until
 from tests.kernel.net import Lab, Laptop, Result
 from tests.kernel.test_hooks import hooks, program  # noqa: F401 -- fixtures
 from tests.kernel.vm import LIMIT, VM, boot
+from vmnet.model import LIBVIRT_BRIDGE
 
 pytestmark = pytest.mark.root
 
 MAC = "52:54:00:7f:01:16"
 UUID = "c7a5fdbd-cdaf-9455-926a-d65c16db1809"
+Interface = Callable[[str, str], str]
 RECORDER = '#!/bin/sh\necho "${0##*/hooks/}" "$@" >>/run/calls\nexec cat >/dev/null\n'
 
 
@@ -31,6 +33,15 @@ def hooked(libvirt: Libvirtd, hooks: Callable[..., Result]) -> Libvirtd:  # noqa
     """libvirt with vmnet's hooks, installed while it runs."""
     hooks("install", "libvirt")
     return libvirt
+
+
+@pytest.fixture(params=["device", "network"])
+def interface(request: pytest.FixtureRequest, hooked: Libvirtd) -> Interface:
+    """Both ways in which a domain asks for vmnet: by a device's name, and by the network `vmnet`."""
+    if request.param == "device":
+        return ethernet
+    hooked.define_network()
+    return lambda device, mac: on_network(mac)
 
 
 def record(libvirt: Libvirtd, *names: str) -> Path:
@@ -48,7 +59,7 @@ def record(libvirt: Libvirtd, *names: str) -> Path:
 
 def devices(laptop: Laptop) -> set[str]:
     """Return the devices of guests."""
-    return {link for link in laptop.links() if link.startswith("vmn-")}
+    return {link for link in laptop.links() if link.startswith("vmn-") and link != LIBVIRT_BRIDGE}
 
 
 def shown(laptop: Laptop, name: str) -> dict[str, Any]:
@@ -115,9 +126,13 @@ ENDS: dict[str, Callable[[Domain], object]] = {
 
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
 def test_a_domain_has_its_address_each_time_it_starts(
-    laptop: Laptop, internet: Machine, hooked: Libvirtd, end: Callable[[Domain], object]
+    laptop: Laptop,
+    internet: Machine,
+    hooked: Libvirtd,
+    end: Callable[[Domain], object],
+    interface: Interface,
 ) -> None:
-    web = Domain(hooked, "web", ethernet("vmn-web", MAC), uuid=UUID)
+    web = Domain(hooked, "web", interface("vmn-web", MAC), uuid=UUID)
     web.start()
     info, address = shown(laptop, "web"), web.address
     assert (info["name"], info["device"], info["mac"]) == ("web", "vmn-web", MAC)
@@ -132,8 +147,10 @@ def test_a_domain_has_its_address_each_time_it_starts(
     assert_at_home(web)
 
 
-def test_a_domain_lives_through_what_hooks_do_not_hear_of(laptop: Laptop, internet: Machine, hooked: Libvirtd) -> None:
-    web = Domain(hooked, "web", ethernet("vmn-web", MAC))
+def test_a_domain_lives_through_what_hooks_do_not_hear_of(
+    laptop: Laptop, internet: Machine, hooked: Libvirtd, interface: Interface
+) -> None:
+    web = Domain(hooked, "web", interface("vmn-web", MAC))
     web.start()
     index = laptop.run("cat", "/sys/class/net/vmn-web/ifindex")
     hooked.virsh("suspend", "web")
@@ -148,8 +165,10 @@ def test_a_domain_lives_through_what_hooks_do_not_hear_of(laptop: Laptop, intern
     assert laptop.run("cat", "/sys/class/net/vmn-web/ifindex") == index
 
 
-def test_a_domain_runs_on_when_libvirtd_starts_anew(laptop: Laptop, internet: Machine, hooked: Libvirtd) -> None:
-    web = Domain(hooked, "web", ethernet("vmn-web", MAC))
+def test_a_domain_runs_on_when_libvirtd_starts_anew(
+    laptop: Laptop, internet: Machine, hooked: Libvirtd, interface: Interface
+) -> None:
+    web = Domain(hooked, "web", interface("vmn-web", MAC))
     web.start()
     pid = web.pid
     calls = record(hooked, "qemu.d/theirs")
@@ -187,9 +206,12 @@ def break_program(laptop: Laptop) -> str:
 
 @pytest.mark.parametrize("damage", [break_settings, break_records, break_program])
 def test_a_running_domain_outlives_a_vmnet_that_cannot_work(
-    laptop: Laptop, hooked: Libvirtd, damage: Callable[[Laptop], str]
+    laptop: Laptop,
+    hooked: Libvirtd,
+    damage: Callable[[Laptop], str],
+    interface: Interface,
 ) -> None:
-    web = Domain(hooked, "web", ethernet("vmn-web", MAC))
+    web = Domain(hooked, "web", interface("vmn-web", MAC))
     hooked.virsh("start", "--paused", "web")
     pid = web.pid
     calls = record(hooked, "qemu.d/theirs")
@@ -208,9 +230,13 @@ def test_a_running_domain_outlives_a_vmnet_that_cannot_work(
 
 @pytest.mark.parametrize("form", ["managedsave", "save"])
 def test_a_domain_that_was_saved_goes_on_where_it_was(
-    laptop: Laptop, internet: Machine, hooked: Libvirtd, form: str
+    laptop: Laptop,
+    internet: Machine,
+    hooked: Libvirtd,
+    form: str,
+    interface: Interface,
 ) -> None:
-    web = Domain(hooked, "web", ethernet("vmn-web", MAC))
+    web = Domain(hooked, "web", interface("vmn-web", MAC))
     web.start()
     address = web.address
     web.run("echo before >/tmp/mark")
@@ -230,16 +256,18 @@ def test_a_domain_that_migrates_has_its_record_at_both_ends(
     hooked: Libvirtd,
     program: Path,  # noqa: F811
     tmp_path: Path,
+    interface: Interface,
 ) -> None:
     folder = tmp_path / "there"
     folder.mkdir()
     with Lab(folder) as other, Libvirtd(other.laptop) as there:
         other.laptop.run(str(program), "-m", "vmnet", "hooks", "install", "libvirt")
+        there.define_network()
         lab.wire(lab.laptop, "cable0", other.laptop, "cable0")
         lab.laptop.ip("addr add 10.9.0.1/24 dev cable0")
         other.laptop.ip("addr add 10.9.0.2/24 dev cable0")
-        web = Domain(hooked, "web", ethernet("vmn-web", MAC), uuid=UUID)
-        moved = Domain(there, "web", ethernet("vmn-web", MAC), uuid=UUID)
+        web = Domain(hooked, "web", interface("vmn-web", MAC), uuid=UUID)
+        moved = Domain(there, "web", interface("vmn-web", MAC), uuid=UUID)
         web.start()
         web.run("echo before >/tmp/mark")
         lab.laptop.vmnet("create", "other")
@@ -259,9 +287,11 @@ def test_a_domain_that_migrates_has_its_record_at_both_ends(
         assert_at_home(web)
 
 
-def test_a_domain_that_is_defined_anew_has_the_same_record(laptop: Laptop, hooked: Libvirtd) -> None:
+def test_a_domain_that_is_defined_anew_has_the_same_record(
+    laptop: Laptop, hooked: Libvirtd, interface: Interface
+) -> None:
     def start() -> Domain:
-        web = Domain(hooked, "web", ethernet("vmn-web", MAC), uuid=UUID)
+        web = Domain(hooked, "web", interface("vmn-web", MAC), uuid=UUID)
         web.launch()
         hooked.virsh("destroy", "web")
         hooked.virsh("undefine", "web")
@@ -273,12 +303,14 @@ def test_a_domain_that_is_defined_anew_has_the_same_record(laptop: Laptop, hooke
     assert len(laptop.vmnet("list", "--json").json) == 1
 
 
-def test_a_domain_that_is_renamed_has_the_same_record(laptop: Laptop, internet: Machine, hooked: Libvirtd) -> None:
-    web = Domain(hooked, "web", ethernet("vmn-web", MAC), uuid=UUID)
+def test_a_domain_that_is_renamed_has_the_same_record(
+    laptop: Laptop, internet: Machine, hooked: Libvirtd, interface: Interface
+) -> None:
+    web = Domain(hooked, "web", interface("vmn-web", MAC), uuid=UUID)
     web.start()
     hooked.virsh("destroy", "web")
     hooked.virsh("domrename", "web", "shop")
-    shop = Domain(hooked, "shop", ethernet("vmn-web", MAC), uuid=UUID, guest="web")
+    shop = Domain(hooked, "shop", interface("vmn-web", MAC), uuid=UUID, guest="web")
     shop.start()
     assert shop.address == web.address
     assert_at_home(shop)
@@ -287,12 +319,16 @@ def test_a_domain_that_is_renamed_has_the_same_record(laptop: Laptop, internet: 
 
 @pytest.mark.parametrize("is_down", [False, True], ids=["up", "down"])
 def test_a_guest_that_was_created_before_its_domain(
-    laptop: Laptop, internet: Machine, hooked: Libvirtd, is_down: bool
+    laptop: Laptop,
+    internet: Machine,
+    hooked: Libvirtd,
+    is_down: bool,
+    interface: Interface,
 ) -> None:
     [made] = laptop.vmnet("create", "web", "--address", "127.7.7.2", "--json").json
     if is_down:
         laptop.vmnet("down", "web")
-    web = Domain(hooked, "web", ethernet("vmn-web", made["mac"]))
+    web = Domain(hooked, "web", interface("vmn-web", made["mac"]))
     for _ in range(2):
         web.start()
         assert web.address == "127.7.7.2"
@@ -362,9 +398,12 @@ def test_a_guest_that_is_deleted_while_its_domain_runs(laptop: Laptop, hooked: L
 
 
 def test_a_domain_starts_on_a_host_that_has_lost_everything_but_its_records(
-    laptop: Laptop, internet: Machine, hooked: Libvirtd
+    laptop: Laptop,
+    internet: Machine,
+    hooked: Libvirtd,
+    interface: Interface,
 ) -> None:
-    web = Domain(hooked, "web", ethernet("vmn-web", MAC))
+    web = Domain(hooked, "web", interface("vmn-web", MAC))
     web.start()
     address = web.address
     hooked.virsh("destroy", "web")
@@ -375,9 +414,9 @@ def test_a_domain_starts_on_a_host_that_has_lost_everything_but_its_records(
     assert_at_home(web)
 
 
-def test_a_domain_with_two_interfaces_has_two_records(laptop: Laptop, hooked: Libvirtd) -> None:
+def test_a_domain_with_two_interfaces_has_two_records(laptop: Laptop, hooked: Libvirtd, interface: Interface) -> None:
     second = "52:54:00:7f:01:17"
-    web = Domain(hooked, "web", ethernet("vmn-web", MAC) + ethernet("vmn-web-2", second))
+    web = Domain(hooked, "web", interface("vmn-web", MAC) + interface("vmn-web-2", second))
     web.launch()
     found = {one["name"]: one["mac"] for one in laptop.vmnet("list", "--json").json if one["state"] == "up"}
     assert found == {"web": MAC, "web-2": second}
@@ -450,9 +489,11 @@ def test_nothing_is_said_on_stdout(laptop: Laptop, hooked: Libvirtd) -> None:
 
 
 @pytest.mark.parametrize("count", [pytest.param(10, id="ten"), pytest.param(100, id="hundred", marks=pytest.mark.long)])
-def test_many_start_at_once(laptop: Laptop, internet: Machine, hooked: Libvirtd, count: int) -> None:
+def test_many_start_at_once(
+    laptop: Laptop, internet: Machine, hooked: Libvirtd, count: int, interface: Interface
+) -> None:
     domains = [
-        Domain(hooked, f"many{number}", ethernet(f"vmn-many{number}", f"52:54:00:7f:02:{number:02x}"))
+        Domain(hooked, f"many{number}", interface(f"vmn-many{number}", f"52:54:00:7f:02:{number:02x}"))
         for number in range(count)
     ]
     with ThreadPoolExecutor(count) as pool:

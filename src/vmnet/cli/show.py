@@ -59,6 +59,7 @@ def as_json(seen: Seen, settings: Settings) -> dict[str, Any]:
         "published": [],
         "mtu": lease.mtu,
         "queues": lease.queues,
+        "maker": lease.maker,
         "state": seen.state,
         "owner": lease.owner,
         "created": lease.created,

@@ -245,7 +245,9 @@ PARTS = (
     Part(
         "libvirt",
         found=_exists("/etc/libvirt", "/usr/sbin/libvirtd", "/usr/sbin/virtqemud"),
-        files=(File("/etc/libvirt/hooks/qemu.d/vmnet", "libvirt/hook", mode=0o755),),
+        files=tuple(
+            File(f"/etc/libvirt/hooks/{driver}.d/vmnet", "libvirt/hook", mode=0o755) for driver in ("qemu", "network")
+        ),
         # libvirt looks for hooks when it starts and at SIGHUP; with none there it would not see the first one.
         installed=_RELOAD_LIBVIRT,
     ),

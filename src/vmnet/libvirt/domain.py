@@ -4,31 +4,41 @@ Formats: libvirt's formatdomain, and its hooks' standard input. What vmnet does 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
-from vmnet.model import UsageError, check_name, device_name
+from netaddr import INET_PTON, AddrFormatError, IPAddress
+
+from vmnet.model import LIBVIRT_BRIDGE, NAME_MAX, Maker, UsageError, check_name, device_name
 
 LARGEST = 16 << 20  # bytes; libvirt itself takes no more than 10 MiB in one call
+NETWORK = "vmnet"
+NAMESPACE = "urn:vmnet:domain"
 _PREFIX = "vmn-"
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.ASCII)
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 _NO_LABEL = re.compile(r"[^a-z0-9]+")
-_LONGEST_LABEL = 63
 
 
 @dataclass(frozen=True, slots=True)
 class Interface:
-    """An interface that is to be a guest's tap: its device, and what the domain says of it (None: nothing)."""
+    """An interface that is to be a guest: its device, and what the domain says of it (None: nothing).
+
+    `maker` is who makes its tap: libvirt does for one on its network `vmnet`, and may take any name for it: "". `name`
+    and `address` are what the domain's metadata say.
+    """
 
     device: str
     mac: str | None
     mtu: int | None
     queues: int | None
     managed: bool
+    maker: Maker = "vmnet"
+    name: str | None = None
+    address: IPAddress | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +49,16 @@ class Domain:
     uuid: str
     interfaces: tuple[Interface, ...]
 
-    def guest_name(self, interface: Interface) -> str:
-        """Return the name of the guest behind an interface; raises UsageError where its device tells none.
+    def guest_name(self, interface: Interface) -> str | None:
+        """Return the name of the guest behind an interface; None where that depends on which guests there are.
 
-        A device bears the guest's name, or what a name too long for it becomes: then it is the domain's.
+        The metadata say it, or the device, which bears the guest's name, or what a name too long for it becomes: then
+        it is the domain's. Raises UsageError for a device that cannot be a guest's.
         """
+        if interface.name is not None:
+            return check_name(interface.name)
+        if not interface.device:
+            return None
         tail = interface.device.removeprefix(_PREFIX)
         for name in (tail, label(self.name)):
             with suppress(UsageError):
@@ -55,9 +70,19 @@ class Domain:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Port:
+    """A port of a network: the network's name, and whose it is, by the name and UUID of the domain and the MAC."""
+
+    network: str
+    domain: str
+    uuid: str
+    mac: str
+
+
 def label(name: str) -> str:
     """Return a domain's name as a guest name: what none may hold becomes a hyphen; "" where nothing is left."""
-    return _NO_LABEL.sub("-", name.lower()).strip("-")[:_LONGEST_LABEL].rstrip("-")
+    return _NO_LABEL.sub("-", name.lower()).strip("-")[:NAME_MAX].rstrip("-")
 
 
 def parse_domain(xml: bytes) -> Domain:
@@ -68,28 +93,87 @@ def parse_domain(xml: bytes) -> Domain:
     root = _parse(xml)
     if root.tag != "domain":
         raise UsageError("this is no libvirt domain", hint="the XML begins with <domain>")
-    uuid = (root.findtext("uuid") or "").strip()
+    interfaces = list(_interfaces(root))
+    wishes = [one for one in root.iterfind("metadata/*") if one.tag == f"{NAMESPACE} interface"]
     return Domain(
         (root.findtext("name") or "").strip(),
-        uuid if _UUID.fullmatch(uuid) else "",
-        tuple(_interfaces(root)),
+        _uuid(root.findtext("uuid")),
+        tuple(_with_metadata(one, wishes, alone=len(interfaces) == 1) for one in interfaces),
+    )
+
+
+def parse_port(xml: bytes) -> Port | None:
+    """Return whose port a network's hook is about, None for no guest's; raises UsageError for what is no port."""
+    root = _parse(xml)
+    owner = root.find("networkport/owner")
+    if root.tag != "hookData" or owner is None:
+        raise UsageError("this is no port of a libvirt network", hint="the XML begins with <hookData>")
+    mac = _mac(root.find("networkport"))
+    bridge = root.find("network/bridge")
+    if mac is None or bridge is None or bridge.get("name") != LIBVIRT_BRIDGE:
+        return None
+    return Port(
+        (root.findtext("network/name") or "").strip(),
+        (owner.findtext("name") or "").strip(),
+        _uuid(owner.findtext("uuid")),
+        mac,
     )
 
 
 def _interfaces(root: Element) -> Iterator[Interface]:
-    for one in root.iterfind("devices/interface[@type='ethernet']"):
-        target = one.find("target")
-        device = target.get("dev", "") if target is not None else ""
-        if target is None or not device.startswith(_PREFIX):
+    for one in root.iterfind("devices/interface"):
+        device = _attribute(one, "target", "dev") or ""
+        device = device if device.startswith(_PREFIX) else ""
+        on_network = _is_on_network(one)
+        if not on_network and (one.get("type") != "ethernet" or not device):
             continue
-        mac = (_attribute(one, "mac", "address") or "").lower()
         yield Interface(
             device=device,
-            mac=mac if _MAC.fullmatch(mac) else None,
+            mac=_mac(one),
             mtu=_number(_attribute(one, "mtu", "size")),
             queues=_number(_attribute(one, "driver", "queues")),
-            managed=target.get("managed") != "no",
+            managed=not on_network and _attribute(one, "target", "managed") != "no",
+            maker="libvirt" if on_network else "vmnet",
         )
+
+
+def _is_on_network(interface: Element) -> bool:
+    """Say whether an interface is on the network `vmnet`: its bridge tells, once libvirt says which it is."""
+    source = interface.find("source")
+    if source is None or interface.get("type") not in ("network", "bridge"):
+        return False
+    bridge = source.get("bridge")
+    return bridge == LIBVIRT_BRIDGE or (bridge is None and source.get("network") == NETWORK)
+
+
+def _with_metadata(interface: Interface, wishes: Sequence[Element], *, alone: bool) -> Interface:
+    """Return an interface with what the metadata say of the one of its MAC, or, of the only one, without a MAC."""
+    for wish in wishes:
+        mac = wish.get("mac")
+        if mac.lower() == interface.mac if mac is not None else alone:
+            return replace(interface, name=wish.get("name"), address=_address(wish.get("address")))
+    return interface
+
+
+def _address(text: str | None) -> IPAddress | None:
+    if text is None:
+        return None
+    try:
+        return IPAddress(text, 4, flags=INET_PTON)
+    except (AddrFormatError, ValueError):
+        raise UsageError(
+            f"{text!r} in the domain's metadata is not an IPv4 address", hint="such as 127.1.7.2"
+        ) from None
+
+
+def _mac(element: Element | None) -> str | None:
+    mac = (_attribute(element, "mac", "address") or "").lower() if element is not None else ""
+    return mac if _MAC.fullmatch(mac) else None
+
+
+def _uuid(text: str | None) -> str:
+    text = (text or "").strip()
+    return text if _UUID.fullmatch(text) else ""
 
 
 def _attribute(element: Element, tag: str, name: str) -> str | None:
@@ -105,7 +189,7 @@ def _parse(xml: bytes) -> Element:
     if len(xml) > LARGEST:
         raise UsageError(f"the domain's XML has more than {LARGEST >> 20} MiB")
     builder = TreeBuilder()
-    parser = expat.ParserCreate()
+    parser = expat.ParserCreate(namespace_separator=" ")
     parser.buffer_text = True
     parser.StartElementHandler = builder.start
     parser.EndElementHandler = builder.end

@@ -1,15 +1,19 @@
-"""What libvirt calls when a domain comes and goes: hooks/qemu.d/vmnet (libvirt's hooks page, since 6.5.0).
+"""What libvirt calls when a domain or an interface of one comes and goes: vmnet in hooks/qemu.d and hooks/network.d.
 
 Only `prepare` may fail: then the domain does not start, and the user is told. All else ends well whatever happens,
 for libvirt kills a running domain whose `reconnect` fails. Nothing here ever asks libvirt, which waits for us.
+(libvirt's page on hooks; folders of them since 6.5.0.)
 """
 
 import signal
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
+from typing import TypeAlias
 
 from vmnet.engine import Engine
-from vmnet.libvirt.domain import LARGEST, Domain, Interface, parse_domain
+from vmnet.libvirt.domain import LARGEST, Domain, Interface, Port, label, parse_domain, parse_port
 from vmnet.linux.platform import LinuxPlatform
 from vmnet.model import Conflict, NoSuchGuest, UsageError, VmnetError
 from vmnet.platform import Listener
@@ -22,20 +26,20 @@ _FAILED = 1
 
 
 def main(arguments: list[str]) -> int:
-    """Do what one call asks for; `arguments` are driver, domain, operation, sub-operation and extra."""
+    """Do what one call asks for; `arguments` are driver, domain or network, operation, sub-operation and extra."""
     operation = arguments[2] if len(arguments) > 2 else ""
-    act = {"prepare": prepare, "release": release, "reconnect": repair}.get(operation)
-    if act is None or arguments[0] != "qemu":
+    act = _ACTS.get((arguments[0], operation)) if arguments else None
+    if act is None:
         return 0
     signal.signal(signal.SIGALRM, _too_late)
     signal.alarm(_LIMIT)
     try:
-        domain = parse_domain(sys.stdin.buffer.read(LARGEST + 1))
-        if domain.interfaces:
+        call = act(sys.stdin.buffer.read(LARGEST + 1))
+        if call:
             paths = Paths.from_environment()
             with LinuxPlatform() as platform:
                 # What stands on stderr is for a domain that is not started.
-                act(Engine(platform, load_settings(paths.config), paths, Listener()), domain)
+                call(Engine(platform, load_settings(paths.config), paths, Listener()))
     except (VmnetError, OSError) as error:
         if operation == "prepare":
             said = error.message if isinstance(error, VmnetError) else str(error)
@@ -53,40 +57,103 @@ def _too_late(*_: object) -> None:
 
 def prepare(engine: Engine, domain: Domain) -> None:
     """Have the tap of each interface there, before qemu opens it; raises what keeps the domain from starting."""
+    macs = {one.mac or "" for one in domain.interfaces}
     for one in domain.interfaces:
-        name = domain.guest_name(one)
+        key = DomainKey(domain.uuid, one.mac or "", domain.name)
+        name = domain.guest_name(one) or engine.guest_for(key, _label(domain.name), macs)
         if one.managed:
             raise UsageError(
                 f"libvirt would make the device {one.device} itself",
                 hint=f"<target dev='{one.device}' managed='no'/>",
             )
-        engine.claim(_spec(engine, name, one), DomainKey(domain.uuid, one.mac or ""))
+        engine.claim(_spec(engine, name, one), key)
+
+
+def _label(domain: str) -> str:
+    name = label(domain)
+    if not name:
+        raise UsageError(
+            f"no guest's name can be made from the domain's, {domain!r}",
+            hint="name the guest by the interface's device: <target dev='vmn-NAME'/>",
+        )
+    return name
 
 
 def _spec(engine: Engine, name: str, one: Interface) -> GuestSpec:
     """Return what to create; of a guest that is there nothing but its kind and queues have to fit."""
     with suppress(NoSuchGuest):
         lease = engine.lease(name)
-        if lease.queues != (one.queues or 1):
+        if one.maker == "vmnet" and lease.queues != (one.queues or 1):
             raise Conflict(
                 f"{name} has {lease.queues} queues, and the domain's interface {one.queues or 1}",
                 hint=f"<driver queues='{lease.queues}'/>, or vmnet delete {name}",
             )
-        return GuestSpec(name, kind="tap")
-    return GuestSpec(name, kind="tap", mac=one.mac, mtu=one.mtu, queues=one.queues)
+        return GuestSpec(name, kind="tap", address=one.address, maker=one.maker)
+    return GuestSpec(
+        name, kind="tap", mac=one.mac, mtu=one.mtu, queues=one.queues, address=one.address, maker=one.maker
+    )
+
+
+def _names(engine: Engine, domain: Domain) -> Iterator[str]:
+    """Yield the names of a domain's guests that are there."""
+    for one in domain.interfaces:
+        with suppress(UsageError):
+            name = domain.guest_name(one)
+            if name:
+                yield name
+            elif lease := engine.guest_of(domain.uuid, one.mac or ""):
+                yield lease.name
 
 
 def release(engine: Engine, domain: Domain) -> None:
     """Take the taps of a domain that has ended away, and keep the records."""
-    for one in domain.interfaces:
-        with suppress(UsageError, NoSuchGuest):
-            engine.unclaim(domain.guest_name(one), domain.uuid)
+    for name in _names(engine, domain):
+        with suppress(NoSuchGuest):
+            engine.unclaim(name, domain.uuid)
 
 
 def repair(engine: Engine, domain: Domain) -> None:
-    """Put right what has changed while nobody looked."""
-    names = []
-    for one in domain.interfaces:
-        with suppress(UsageError):
-            names.append(domain.guest_name(one))
-    engine.keep(names, orphans=False)
+    """Put right what has changed while nobody looked, and take over the taps that libvirt has just made."""
+    engine.keep(list(_names(engine, domain)), orphans=False)
+
+
+def plug(engine: Engine, port: Port) -> None:
+    """Have the record there of an interface that libvirt makes: before its domain starts, or while that runs.
+
+    At a start `prepare` came before; and there is nothing to do when libvirtd has started anew.
+    """
+    lease = engine.guest_of(port.uuid, port.mac)
+    if lease is None or lease.wish != "up":
+        key = DomainKey(port.uuid, port.mac, port.domain)
+        name = engine.guest_for(key, _label(port.domain), None)
+        engine.claim(GuestSpec(name, kind="tap", mac=None if lease else port.mac, maker="libvirt"), key)
+
+
+def unplug(engine: Engine, port: Port) -> None:
+    """Keep the record of an interface that is gone."""
+    lease = engine.guest_of(port.uuid, port.mac)
+    if lease:
+        engine.unclaim(lease.name, port.uuid)
+
+
+_Call: TypeAlias = Callable[[Engine], None]
+
+
+def _for_domain(act: Callable[[Engine, Domain], None], xml: bytes) -> _Call | None:
+    domain = parse_domain(xml)
+    return (lambda engine: act(engine, domain)) if domain.interfaces else None
+
+
+def _for_port(act: Callable[[Engine, Port], None], xml: bytes) -> _Call | None:
+    port = parse_port(xml)
+    return (lambda engine: act(engine, port)) if port else None
+
+
+_ACTS: dict[tuple[str, str], Callable[[bytes], _Call | None]] = {
+    ("qemu", "prepare"): partial(_for_domain, prepare),
+    ("qemu", "start"): partial(_for_domain, repair),
+    ("qemu", "reconnect"): partial(_for_domain, repair),
+    ("qemu", "release"): partial(_for_domain, release),
+    ("network", "port-created"): partial(_for_port, plug),
+    ("network", "port-deleted"): partial(_for_port, unplug),
+}

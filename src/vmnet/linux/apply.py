@@ -32,6 +32,7 @@ from vmnet.linux.netlink import (
     RTM_GETLINK,
     RTM_NEWADDR,
     RTM_NEWLINK,
+    RTM_NEWLINKPROP,
     RTM_NEWNEIGH,
     RTM_NEWQDISC,
     RTM_NEWROUTE,
@@ -46,6 +47,8 @@ from vmnet.linux.places import Places
 from vmnet.model import HostLacks, KernelRefused, NotPermitted, VmnetError
 from vmnet.ops import (
     AddAddress,
+    AddAltName,
+    AddBridge,
     AddClsact,
     AddNetns,
     AddRoute,
@@ -86,6 +89,8 @@ _ROUTE_FLAGS = {"add": _NEW, "append": NLM_F_CREATE | NLM_F_APPEND, "prepend": N
 # What says that the wanted state is already there.
 _SETTLED: dict[type, frozenset[int]] = {
     AddRoute: frozenset({errno.EEXIST}),
+    AddBridge: frozenset({errno.EEXIST}),
+    AddAltName: frozenset({errno.EEXIST}),
     DelRoute: frozenset({errno.ESRCH, errno.ENODEV}),
     AddAddress: frozenset({errno.EEXIST}),
     PutBackAddress: frozenset({errno.EEXIST}),
@@ -98,6 +103,7 @@ _SETTLED: dict[type, frozenset[int]] = {
 # What a kernel may have been built without, its option, and its module.
 _FEATURES: dict[type, tuple[str, str, str]] = {
     AddVeth: ("veth", "CONFIG_VETH", "veth"),
+    AddBridge: ("bridges", "CONFIG_BRIDGE", "bridge"),
     AddClsact: ("clsact", "CONFIG_NET_SCH_INGRESS", "sch_ingress"),
     SetFilter: ("BPF filters of tc", "CONFIG_NET_CLS_BPF", "cls_bpf"),
 }
@@ -326,6 +332,8 @@ def _set_neighbour(op: SetNeighbour) -> Message:
 _ENCODERS: dict[type, Callable[[Any], Message]] = {
     SetLink: lambda op: Message(RTM_SETLINK, 0, _link_changes(op)),
     SetConf: lambda op: Message(RTM_SETLINK, 0, wire.link_header(op.ifindex) + wire.conf_spec(op.values)),
+    AddBridge: lambda op: Message(RTM_NEWLINK, _NEW, wire.bridge(op.device)),
+    AddAltName: lambda op: Message(RTM_NEWLINKPROP, _NEW | NLM_F_APPEND, wire.alternative_name(op.ifindex, op.name)),
     AddClsact: lambda op: Message(RTM_NEWQDISC, _NEW, wire.clsact(op.ifindex)),
     SetFilter: _set_filter,
     DelFilter: lambda op: Message(RTM_DELTFILTER, 0, wire.filter_place(op.ifindex, op.direction)),
@@ -338,7 +346,7 @@ _ENCODERS: dict[type, Callable[[Any], Message]] = {
     DelNeighbour: _del_neighbour,
     DelLink: lambda op: Message(RTM_DELLINK, 0, wire.link_header(op.ifindex)),
 }
-_HostOnly: TypeAlias = AddVeth | AddClsact | SetFilter | DelFilter | DelNeighbour
+_HostOnly: TypeAlias = AddVeth | AddBridge | AddAltName | AddClsact | SetFilter | DelFilter | DelNeighbour
 
 
 def _link_changes(op: SetLink) -> bytes:
@@ -361,6 +369,8 @@ def _link_changes(op: SetLink) -> bytes:
         body += u32(wire.IFLA_MTU, op.mtu)
     if op.name is not None:
         body += text(wire.IFLA_IFNAME, op.name)
+    if op.master is not None:
+        body += u32(wire.IFLA_MASTER, op.master)
     return body
 
 

@@ -71,6 +71,7 @@ class Events:
         self._own: set[int] = set()
         # Whose devices and namespaces are: guests' names by the index of their device, and by the kernel's number.
         self._names: dict[str, str] = {}
+        self._macs: dict[bytes, str] = {}
         self._devices: dict[int, str] = {}
         self._insides: dict[int, str] = {}
         self._heard = Heard()
@@ -138,6 +139,9 @@ class Events:
     def expect(self, leases: Sequence[Lease]) -> None:
         """Learn which devices and namespaces belong to the guests of `leases`."""
         self._names = {lease.device: lease.name for lease in leases}
+        self._macs = {
+            wire.mac_bytes(lease.mac)[1:]: lease.name for lease in leases if lease.mac and lease.maker == "libvirt"
+        }
         self._devices.clear()
         self._insides.clear()
         for body in self._netlink.dump(RTM_GETLINK, wire.link_query()):
@@ -249,6 +253,11 @@ class Events:
             self._heard = self._heard._replace(marks=True)
         elif wire.BRIDGE in body:
             self._heard = self._heard._replace(host=True)
+        elif self._macs:
+            # A tap that libvirt offers: its first byte is another than the guest's.
+            name = self._macs.get(parse_attrs(body, 16).get(wire.IFLA_ADDRESS, b"")[1:])
+            if name:
+                self._name(name)
 
     def _lose(self, address: str) -> None:
         """Remember an address that went; of very many, that anything may have changed."""

@@ -20,10 +20,11 @@ from vmnet.linux.netlink import (
     RTM_GETTFILTER,
     Message,
     Netlink,
+    u32,
 )
 from vmnet.linux.observe import host_routes, leads_out, sysctl
 from vmnet.linux.places import NAMED, Places
-from vmnet.model import Lease
+from vmnet.model import LIBVIRT_BRIDGE, Lease
 from vmnet.ops import ROUTE_PROTOCOL
 from vmnet.plan import ALIAS_PREFIX, PEER_NAME
 from vmnet.platform import Glance
@@ -49,17 +50,21 @@ def _begin() -> _Digest:
 def glance(places: Places, leases: Sequence[Lease], insides: Sequence[Lease]) -> Glance:
     """Return what the kernel shows of the host part, of guests, and inside of the namespaces of some of them."""
     host, guests = _begin(), _begin()
-    ours = _add_links(places.host, {lease.device for lease in leases}, host, guests)
+    libvirt = any(lease.maker == "libvirt" for lease in leases)
+    ours = _add_links(places.host, {lease.device for lease in leases}, host, guests, libvirt=libvirt)
     _add_tables(places.host, ours, host, guests)
     with suppress(OSError):
         guests.update(repr(sorted(os.listdir(NAMED))).encode())
     return Glance(_finish_host(places, host), guests.digest(), _glance_insides(places, insides))
 
 
-def _add_links(netlink: Netlink, devices: Collection[str], host: _Digest, guests: _Digest) -> set[int]:
+def _add_links(
+    netlink: Netlink, devices: Collection[str], host: _Digest, guests: _Digest, *, libvirt: bool
+) -> set[int]:
     """Add what devices show to the digests; return the indexes of those that are ours."""
     ours = set()
     bridges = []
+    port = _port_of(netlink, LIBVIRT_BRIDGE) if libvirt else b""
     for body in netlink.dump(RTM_GETLINK, wire.link_query()):
         index = _INDEX.unpack_from(body)[0]
         if index == _LO:
@@ -67,11 +72,19 @@ def _add_links(netlink: Netlink, devices: Collection[str], host: _Digest, guests
         elif _MARKED in body or wire.parse_name(body) in devices:
             ours.add(index)
             guests.update(_without_counters(body))
+        elif port and port in body:
+            guests.update(wire.parse_name(body).encode())
         elif wire.BRIDGE in body:
             host.update(wire.parse_name(body).encode())  # the rest of it tells of its timers
             bridges.append(index)
     host.update(bytes(leads_out(netlink, index) for index in bridges))
     return ours
+
+
+def _port_of(netlink: Netlink, bridge: str) -> bytes:
+    """Return what stands in an RTM_NEWLINK of a port of that bridge, nothing where there is none."""
+    body = netlink.get(Message(RTM_GETLINK, 0, wire.link_query(bridge)))
+    return u32(wire.IFLA_MASTER, _INDEX.unpack_from(body)[0]) if body else b""
 
 
 def _add_tables(netlink: Netlink, ours: Collection[int], host: _Digest, guests: _Digest) -> None:

@@ -2,7 +2,7 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from vmnet.linux.netlink import (
     u32,
 )
 from vmnet.linux.places import NAMED, Places, identify, is_stub
-from vmnet.model import Lease, NetnsId
+from vmnet.model import LIBVIRT_BRIDGE, Lease, NetnsId
 from vmnet.ops import ROUTE_PROTOCOL, TABLE_MAIN, Address, LoAddress, Route
 from vmnet.plan import (
     ALIAS_PREFIX,
@@ -62,6 +62,28 @@ def _renamed(netlink: Netlink, leases: Sequence[Lease]) -> dict[str, Link]:
     bodies = netlink.get_each([Message(RTM_GETLINK, 0, wire.link_query(index=link_index(one.block))) for one in leases])
     links = [(lease, wire.parse_link(body)) for lease, body in zip(leases, bodies, strict=True) if body]
     return {lease.device: link for lease, link in links if link.alias == ALIAS_PREFIX + lease.name}
+
+
+def _offered(netlink: Netlink, leases: Sequence[Lease], known: Mapping[str, Link]) -> dict[str, Link]:
+    """Return the taps that libvirt has made for guests, by the name that they are to have.
+
+    They are ports of the bridge of its network `vmnet`, named by the domain or vnetN, and have the guest's MAC but for
+    its first byte (virnetdevtap.c, virNetDevTapCreateInBridgePort).
+    """
+    wanted = [one for one in leases if one.maker == "libvirt" and one.wish == "up"]
+    bridge = link_by_name(netlink, LIBVIRT_BRIDGE) if wanted else None
+    if bridge is None:
+        return {}
+    bodies = netlink.dump(RTM_GETLINK, wire.link_query() + u32(wire.IFLA_MASTER, bridge.index))
+    ports = [one for one in map(wire.parse_link, bodies) if one.kind == "tap" and one.master == bridge.index]
+    by_mac = {str(one.mac)[2:]: one for one in ports if not one.alias}
+    by_name = {one.name: one for one in ports}
+    found = {}
+    for lease in wanted:
+        port = by_name.get(lease.device) or (None if lease.device in known else by_mac.get(str(lease.mac)[2:]))
+        if port:
+            found[lease.device] = port
+    return found
 
 
 def all_links(netlink: Netlink) -> list[Link]:
@@ -115,6 +137,8 @@ def observe_guests(places: Places, leases: Sequence[Lease], *, for_removal: bool
     netlink = places.host
     by_name = _links_by_name(netlink, [lease.device for lease in leases])
     by_name |= _renamed(netlink, [lease for lease in leases if lease.device not in by_name])
+    offered = {} if for_removal else _offered(netlink, leases, by_name)
+    by_name |= offered
     links = [by_name[lease.device] for lease in leases if lease.device in by_name]
     tables = _Tables(netlink, links) if links and not for_removal else None
     views = {}
@@ -129,7 +153,8 @@ def observe_guests(places: Places, leases: Sequence[Lease], *, for_removal: bool
                 neighbours=frozenset(tables.neighbours[link.index]),
                 filters=_filters(netlink, link.index),
             )
-        views[lease.name] = _look_inside(GuestView(side), places, lease, for_removal=for_removal)
+        view = GuestView(side, offered=lease.device in offered)
+        views[lease.name] = _look_inside(view, places, lease, for_removal=for_removal)
     return views
 
 
@@ -212,6 +237,7 @@ def observe_host(netlink: Netlink, listing: str | None, chains: tuple[Chain, ...
         ip_forward=sysctl("net.ipv4.ip_forward"),
         chains=chains,
         bridges=_bridges(netlink) if chains else (),
+        libvirt=link_by_name(netlink, LIBVIRT_BRIDGE),
     )
 
 
@@ -220,7 +246,8 @@ def _bridges(netlink: Netlink) -> tuple[Bridge, ...]:
     query = wire.link_query() + nested(wire.IFLA_LINKINFO, wire.BRIDGE)
     # A kernel that has never seen a bridge does not know the word, and tells of all devices.
     links = [wire.parse_link(body) for body in netlink.dump(RTM_GETLINK, query) if wire.BRIDGE in body]
-    return tuple(sorted(Bridge(one.name, leads_out(netlink, one.index)) for one in links))
+    others = [one for one in links if one.name != LIBVIRT_BRIDGE]
+    return tuple(sorted(Bridge(one.name, leads_out(netlink, one.index)) for one in others))
 
 
 def leads_out(netlink: Netlink, bridge: int) -> bool:

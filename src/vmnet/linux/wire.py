@@ -27,6 +27,7 @@ _IFLA_INFO_KIND, _IFLA_INFO_DATA, _VETH_INFO_PEER = 1, 2, 1
 _IFLA_INET_CONF, _IFLA_INET6_CONF = 1, 2
 _SKIP_STATISTICS = 8
 _IFLA_LINK_NETNSID = 37
+_IFLA_PROP_LIST, _IFLA_ALT_IFNAME = 52, 53
 _NETNSA_NSID, _NETNSA_FD = 1, 3  # include/uapi/linux/net_namespace.h
 _TUN_OWNER, _TUN_TYPE, _TUN_PERSIST, _TUN_MULTI_QUEUE = 1, 3, 6, 7
 _TUN_NUM_QUEUES, _TUN_NUM_DISABLED_QUEUES = 8, 9  # only of those with several
@@ -115,6 +116,7 @@ def parse_link(body: bytes) -> Link:
         owner=None if owner == _NOBODY else owner,
         multi_queue=multi_queue,
         persist=persist,
+        master=int.from_bytes(attrs.get(IFLA_MASTER, b""), "little"),
     )
 
 
@@ -149,6 +151,16 @@ def parse_netns(body: bytes) -> int:
 
 def _word(data: bytes, position: int) -> int:
     return int.from_bytes(data[4 * position : 4 * position + 4], "little")
+
+
+def bridge(device: str) -> bytes:
+    """Return the body of RTM_NEWLINK for a bridge."""
+    return link_header() + text(IFLA_IFNAME, device) + nested(IFLA_LINKINFO, text(_IFLA_INFO_KIND, "bridge"))
+
+
+def alternative_name(index: int, name: str) -> bytes:
+    """Return the body of RTM_NEWLINKPROP that gives a device one more name."""
+    return link_header(index) + nested(_IFLA_PROP_LIST, text(_IFLA_ALT_IFNAME, name))
 
 
 def veth(device: str, index: int, group: int, mac: str, mtu: int) -> bytes:
