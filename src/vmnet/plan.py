@@ -364,12 +364,14 @@ def _plan_taken_over(desired: Guest, observed: Side) -> list[Op]:
         return []
     if link.persist:
         return [DelLink(HOST, link.name, link.index)]  # made by vmnet, when that made the guest's
-    if not link.master:
-        return _plan_host_side(desired, link, observed)
-    link = replace(link, up=False, master=0)
+    return (_down_first if link.master and link.up else _plan_host_side)(desired, link, observed)
+
+
+def _down_first(desired: Guest, link: Link, observed: Side) -> list[Op]:
+    """Return the ops for a device that has to be down for them; with that it loses routes and neighbours."""
+    down: Op = SetLink(HOST, link.name, link.index, up=False)
     observed = replace(observed, routes=frozenset(), neighbours=frozenset())
-    off: Op = SetLink(HOST, link.name, link.index, up=False, master=0)
-    return [off, *_plan_host_side(desired, link, observed)]
+    return [down, *_plan_host_side(desired, replace(link, up=False), observed)]
 
 
 def _make_device(desired: Guest) -> list[Op]:
@@ -394,13 +396,13 @@ def _plan_host_side(desired: Guest, link: Link, observed: Side) -> list[Op]:
     assert wanted is not None
     name, index = link.name, link.index
     if name != wanted.name:
-        # Before Linux 6.2 a device that is up keeps its name. One that goes down loses routes and neighbours.
-        named: list[Op] = [SetLink(HOST, name, index, up=False)] if link.up else []
-        named.append(SetLink(HOST, name, index, name=wanted.name))
+        # Before Linux 6.2 a device that is up keeps its name.
+        if link.up:
+            return _down_first(desired, link, observed)
+        named: list[Op] = [SetLink(HOST, name, index, name=wanted.name)]
         if desired.maker == "libvirt" and link.alias != wanted.alias:
             named.append(AddAltName(wanted.name, index, name))  # libvirt goes on to call it so
-        link = replace(link, name=wanted.name, up=False)
-        return named + _plan_host_side(desired, link, replace(observed, routes=frozenset(), neighbours=frozenset()))
+        return named + _plan_host_side(desired, replace(link, name=wanted.name), observed)
     ops: list[Op] = []
     change = SetLink(
         HOST, name, index,
@@ -409,6 +411,7 @@ def _plan_host_side(desired: Guest, link: Link, observed: Side) -> list[Op]:
         mac=wanted.mac if wanted.mac and link.mac != wanted.mac else None,
         mtu=wanted.mtu if link.mtu != wanted.mtu else None,
         multicast=False if link.multicast else None,
+        master=0 if link.master else None,
     )  # fmt: skip
     if change != SetLink(HOST, name, index):
         ops.append(change)

@@ -174,6 +174,7 @@ DEVICE = [
     Drift("the other mode's group", ip("link set {device} group {other_group}")),
     Drift("another MTU", ip("link set {device} mtu 1400")),
     Drift("another MAC", ip(f"link set {{device}} address {OTHER}"), ETHER),
+    Drift("a port of a bridge", ip("link add theirs0 type bridge", "link set {device} master theirs0"), ETHER),
     Drift("multicast on", ip("link set {device} multicast on")),
     *(
         Drift(f"{key} {value}", sysctl(f"ipv4/conf/{{device}}/{key}", value))

@@ -43,12 +43,14 @@ from ipaddress import IPv4Network
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
+from uuid import NAMESPACE_DNS, uuid5
 
 import pytest
 
 import vmnet
 from tests.conftest import is_real_root
 from tests.kernel.machine import Loop, Machine, new_namespace
+from vmnet.model import LIBVIRT_BRIDGE
 
 FORMS = {
     "veth-native": ("--kind", "veth", "--native"),
@@ -210,7 +212,8 @@ class Laptop(Machine):
             self.lab.at_exit(lambda: os.close(fd))
             return Guest(self.lab, info, fd)
         guest = Guest(self.lab, info, self.lab.new_namespace())
-        outside, inside = self.open_device(info["device"], info["kind"]), guest.open_device("eth0", info["kind"])
+        outside = self.lab.taps.get(info["name"]) or self.open_device(info["device"], info["kind"])
+        inside = guest.open_device("eth0", info["kind"])
         self.lab.wire_up(outside, inside)
         if not configured:
             guest.ip("link set lo up", f"link set eth0 address {info['mac']}")
@@ -219,6 +222,29 @@ class Laptop(Machine):
         for machine, device in ((self, guest.host_device), (guest, guest.device)):
             machine.await_link(device)
         return guest
+
+    def guest_of_libvirt(self, name: str) -> "Guest":
+        """Boot a guest whose tap others make, as libvirt does for a domain on its network `vmnet`: `name` is both's."""
+        if reason := why_no_tap():
+            pytest.skip(reason)
+        self.plug(name)
+        return self.boot(self.vmnet("show", name, "--json").json)
+
+    def plug(self, name: str, *, mac: str = "52:54:00:7f:0a:0a", device: str = "vnet7", watched: bool = False) -> None:
+        """Make a tap as libvirt does for a domain on its network `vmnet`, for a watcher or for us to take over.
+
+        It is gone when the lab is, or when its descriptor is closed.
+        """
+        port = (
+            f"<hookData><network><name>vmnet</name><bridge name='{LIBVIRT_BRIDGE}'/></network>"
+            f"<networkport><owner><name>{name}</name><uuid>{uuid5(NAMESPACE_DNS, name)}</uuid></owner>"
+            f"<mac address='{mac}'/></networkport></hookData>"
+        )
+        self.vmnet("libvirt-hook", "network", "vmnet", "port-created", "begin", "-", stdin=port)
+        self.lab.taps[name] = self.open_device(device, "tap")
+        self.ip(f"link set {device} address fe{mac[2:]} master {LIBVIRT_BRIDGE} up")
+        if not watched:
+            self.vmnet("watch", "--once")
 
     def rp_filter(self, value: int) -> None:
         """Set the reverse-path filter on every device there is and will be, as a distribution may."""
@@ -320,6 +346,7 @@ class Lab:
     def __init__(self, folder: Path) -> None:
         self._stack = ExitStack()
         self._uplinks = 0
+        self.taps: dict[str, int] = {}
         self.at_exit = self._stack.callback
         try:
             self.loop = Loop()

@@ -22,7 +22,7 @@ import pytest
 
 from tests.kernel import frames
 from tests.kernel.machine import ECHO_PORT, Machine, Sniffer, answered, wait_until
-from tests.kernel.net import FORMS, Guest, Lab, Laptop, forms_here
+from tests.kernel.net import FORMS, Guest, Lab, Laptop, forms_here, why_no_tap
 
 SECURITY = Path(__file__).parents[2] / "docs/reference/security.md"
 HOST, NEIGHBOUR, INTERNET = "192.168.77.2", "192.168.77.1", "198.51.100.2"
@@ -336,18 +336,20 @@ def inside_addresses(packets: Sequence[bytes]) -> set[str]:
     return {one for packet in packets for one in frames.addresses_of(packet) if one.startswith(("127.", "247."))}
 
 
-SAMPLE = {(form, number % 3) for number, form in enumerate(FORMS)}
+LIBVIRT = "tap-mapped of libvirt"
+ATTACKERS = (*FORMS, LIBVIRT)
+SAMPLE = {(form, number % 3) for number, form in enumerate(ATTACKERS)}
 
 
 @pytest.mark.parametrize(
     ("form", "rp_filter"),
-    [pytest.param(*one, marks=[] if one in SAMPLE else pytest.mark.long) for one in product(FORMS, (0, 1, 2))],
+    [pytest.param(*one, marks=[] if one in SAMPLE else pytest.mark.long) for one in product(ATTACKERS, (0, 1, 2))],
 )
 def test_a_guest_gets_where_it_may_and_nowhere_else(
     lab: Lab, form: str, rp_filter: int, request: pytest.FixtureRequest
 ) -> None:
     laptop = lab.laptop
-    guest = laptop.guest("guest", *FORMS[form])
+    guest = laptop.guest_of_libvirt("guest") if form == LIBVIRT else laptop.guest("guest", *FORMS[form])
     forms = list(forms_here()) if request.config.getoption("--long") else ["veth-mapped", "veth-native"]
     peers = [laptop.guest(name, *FORMS[name]) for name in forms]
     me = Attacker(laptop, guest, guest.device, guest.host_device)
@@ -368,7 +370,7 @@ def test_a_guest_gets_where_it_may_and_nowhere_else(
 
         flush(laptop)
         found = throw(lab, me, rows, [guest, *peers])
-        assert found.places == open_after_a_flush(form, rp_filter)
+        assert found.places == open_after_a_flush(form.partition(" ")[0], rp_filter)
         assert not found.of("answer")
         assert not found.of("a guest")
 
@@ -385,6 +387,7 @@ def test_a_guest_gets_where_it_may_and_nowhere_else(
 def test_a_neighbour_gets_nowhere(lab: Lab, rp_filter: int) -> None:
     laptop = lab.laptop
     guests = [laptop.guest(form, *options) for form, options in forms_here().items()]
+    guests += [laptop.guest_of_libvirt("libvirt")] if why_no_tap() is None else []
     me = Attacker(laptop, lab.lan, "lan0", "wlan0")
     laptop.rp_filter(rp_filter)
     for guest in guests:

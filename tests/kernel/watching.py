@@ -32,6 +32,7 @@ class Watching:
     ) -> None:
         """`sense` is what is wrong with it (see `tests.kernel.senseless`), None for nothing."""
         self.laptop = laptop
+        self._run = laptop.folder / "run" if "VMNET_RUN_DIR" in laptop.env else laptop.path("/run/vmnet")
         module = ("vmnet", "watch") if sense is None else ("tests.kernel.senseless", sense)
         arguments = [*module, "--interval", str(interval), *options]
         variables = {"PYTHONPATH": f"{sources}:{_CHECKOUT}", **(env or {})}
@@ -60,7 +61,7 @@ class Watching:
 
     def is_ready(self) -> bool:
         """Tell whether it has looked for the first time, or stands by."""
-        status = self.laptop.folder / "run/watch.json"
+        status = self._run / "watch.json"
         looked = status.exists() and json.loads(status.read_text())["pid"] == self.pid
         return self._process.poll() is not None or looked or "standing by" in self.log()
 
@@ -75,7 +76,7 @@ class Watching:
     def metrics(self) -> dict[str, float]:
         """Return what the metrics say, labels included in the names."""
         try:
-            text = (self.laptop.folder / "run/vmnet.prom").read_text()
+            text = (self._run / "vmnet.prom").read_text()
         except FileNotFoundError:
             return {}
         pairs = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))

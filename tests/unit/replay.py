@@ -45,7 +45,7 @@ def on_guest(view: GuestView, op: Op) -> GuestView:
             assert view.host.link
             assert op.key == f"net/ipv6/conf/{view.host.link.name}/disable_ipv6"
             return replace(view, host=replace(view.host, link=replace(view.host.link, disable_ipv6=True)))
-        case ops.AddClsact():
+        case ops.AddClsact() | ops.AddAltName():
             return view
     place = getattr(op, "place", HOST)
     if place == HOST:
@@ -104,12 +104,14 @@ def on_side(side: Side, op: Op) -> Side:
     assert side.link, op
     match op:
         case ops.SetLink():
+            assert op.name is None or not side.link.up, "before Linux 6.2 a device that is up keeps its name"
             changes = {
                 key: value
-                for key in ("alias", "group", "mac", "mtu", "up", "multicast")
+                for key in ("alias", "group", "mac", "mtu", "up", "multicast", "name", "master")
                 if (value := getattr(op, key)) is not None
             }
-            return replace(side, link=replace(side.link, **changes))
+            left = side if op.up is not False else replace(side, routes=frozenset(), neighbours=frozenset())
+            return replace(left, link=replace(side.link, **changes))
         case ops.SetConf():
             return replace(side, link=replace(side.link, conf={**side.link.conf, **dict(op.values)}))
         case ops.SetFilter():

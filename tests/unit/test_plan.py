@@ -22,6 +22,7 @@ from vmnet.plan import (
     HostView,
     HostWish,
     Inside,
+    Link,
     Plane,
     Side,
     desire,
@@ -88,10 +89,12 @@ def drifted(draw: st.DrawFn) -> tuple[Guest, GuestView]:
         optional={
             "alias": st.just(""), "mtu": st.integers(576, 9000), "up": st.booleans(), "multicast": st.booleans(),
             "disable_ipv6": st.sampled_from([False, True, None]), "persist": st.booleans(),
-            "conf": st.just({"route_localnet": 1, "forwarding": 0}),
+            "conf": st.just({"route_localnet": 1, "forwarding": 0}), "master": st.just(7), "name": st.just("other0"),
         },
     )  # fmt: skip
     link = replace(link, **draw(alterations))
+    if not link.alias:
+        link = replace(link, name="vmn-web")  # by one of both it is known
     side = view.host
     foreign = Route("127.9.9.0/30", ops.TABLE_LOCAL, "unicast", link.name)
     keep = st.booleans()
@@ -201,6 +204,59 @@ def test_a_device_that_is_not_ours_is_left_alone(change: dict[str, object]) -> N
     with pytest.raises(Conflict, match="vmn-web"):
         plan_guest(desired, view)
     assert plan_removal(desired, view) == []
+
+
+OFFERED = Link(
+    index=9, name="vnet0", kind="tap", group=0, alias="", mac="fe:76:7f:01:00:02", mtu=1500, up=True, multicast=True,
+    conf={"route_localnet": 0, "forwarding": 1}, disable_ipv6=False, persist=False, master=5,
+)  # fmt: skip
+LIBVIRTS = desire(replace(lease_of("tap", "mapped"), maker="libvirt"), Plane())
+
+
+@given(st.sampled_from(["vnet0", "vmn-web"]), st.booleans(), st.booleans(), st.sampled_from([0, 5]), st.data())
+def test_a_tap_of_libvirts_becomes_the_guests(
+    name: str, up: bool, is_known: bool, master: int, data: st.DataObject
+) -> None:
+    link = replace(OFFERED, name=name, up=up, master=master, multi_queue=data.draw(st.booleans()))
+    if is_known:
+        link = replace(link, alias="vmnet:web")
+    view = GuestView(Side(link), offered=not is_known)
+    steps = plan_guest(LIBVIRTS, view)
+    done = replay(view, steps[: data.draw(st.integers(0, len(steps)))])
+    assert done.host.link
+    after = replay(done, plan_guest(LIBVIRTS, done))
+    assert plan_guest(LIBVIRTS, after) == []
+    assert after.host.link
+    assert (after.host.link.name, after.host.link.master, after.host.link.up) == ("vmn-web", 0, True)
+    assert not any(isinstance(op, ops.AddTun | ops.PersistTun | ops.DelLink) for op in steps)
+    renames = [op for op in steps if isinstance(op, ops.AddAltName)]
+    assert [op.name for op in renames] == (["vnet0"] if name == "vnet0" and not is_known else [])
+
+
+def test_a_tap_of_libvirts_leaves_its_bridge_before_it_goes_up_with_its_filters() -> None:
+    steps = plan_guest(LIBVIRTS, GuestView(Side(OFFERED), offered=True))
+    places = {
+        "down": next(i for i, op in enumerate(steps) if isinstance(op, ops.SetLink) and op.up is False),
+        "off": next(i for i, op in enumerate(steps) if isinstance(op, ops.SetLink) and op.master == 0),
+        "filters": max(i for i, op in enumerate(steps) if isinstance(op, ops.SetFilter)),
+        "up": next(i for i, op in enumerate(steps) if isinstance(op, ops.SetLink) and op.up),
+    }
+    assert sorted(places, key=places.__getitem__) == ["down", "off", "filters", "up"]
+
+
+def test_a_tap_that_libvirt_has_not_made_yet_is_waited_for() -> None:
+    assert plan_guest(LIBVIRTS, GuestView()) == []
+
+
+def test_a_tap_that_vmnet_made_gives_way_to_libvirts() -> None:
+    view = right(desire(lease_of("tap", "mapped"), Plane()), "tap")
+    [op] = plan_guest(LIBVIRTS, view)
+    assert isinstance(op, ops.DelLink)
+
+
+def test_a_tap_on_libvirts_bridge_that_is_not_the_guests_is_left_alone() -> None:
+    with pytest.raises(Conflict, match="vmn-web"):
+        plan_guest(LIBVIRTS, GuestView(Side(replace(OFFERED, name="vmn-web", master=6))))
 
 
 def test_a_lost_alias_is_drift() -> None:
