@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from itertools import count
 from typing import NamedTuple, NoReturn
 
+from vmnet import absence
 from vmnet.found import load_found
 from vmnet.guests import Guests, apply_all, chunks
 from vmnet.hostpart import HostPart
@@ -38,10 +39,11 @@ from vmnet.plan import GuestView, dotted, plan_guest, shadow_of
 from vmnet.platform import Platform, Report, Resolver
 from vmnet.settings import Paths, Settings
 from vmnet.specs import Asking, GuestSpec
-from vmnet.store import DomainKey, RecordsUnreadable, Store
+from vmnet.store import DomainKey, DomainRecord, RecordsUnreadable, Store
 
 # Each time somebody else got further: this many in a row are no coincidence.
 _RUNS = 64
+_DAY = 86400  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -447,9 +449,10 @@ class Engine:
                     return candidate
         raise AssertionError("count() has no end")
 
-    def claim(self, spec: GuestSpec, key: DomainKey) -> None:
+    def claim(self, spec: GuestSpec, key: DomainKey, *, made: bool = True) -> Lease:
         """Record whose a domain's interface is, and have its tap there, made now or before, where vmnet makes it.
 
+        A guest that is new goes with its domain if it is `made` for it, else it is the user's. Returns its lease.
         Raises Conflict where it, or for a tap that libvirt makes its MAC, is in use by others.
         """
         with self._reading() as store:
@@ -471,12 +474,19 @@ class Engine:
         if lease:
             with self._writing(dry_run=False) as store:
                 store.set_domain(spec.name, key, spec.maker)
-        for made in self.create([spec])[0]:
-            if made.wish != "up":
-                self.up([made.name])
+        [found] = self.create([spec])[0]
+        if found.wish != "up":
+            self.up([found.name])
         with self._writing(dry_run=False) as store:
-            store.set_domain(spec.name, key, spec.maker)
+            whose = key._replace(mac=key.mac or found.mac or "")
+            store.set_domain(spec.name, whose, spec.maker, made=made and (not lease or lease.wish == "deleting"))
             self._host.ensure(store)  # libvirt's bridge is part of it from now on
+        return found
+
+    def assign(self, name: str, key: DomainKey | None) -> None:
+        """Record that a guest, whose tap vmnet makes, belongs to a domain of libvirt's, or to none."""
+        with self._writing(dry_run=False) as store:
+            store.set_domain(name, key, "vmnet")
 
     def unclaim(self, name: str, uuid: str) -> None:
         """Take the device of a guest away whose domain has ended, unless others use it, and keep the record."""
@@ -485,6 +495,40 @@ class Engine:
         # A domain that could not start because its device is in use is released, too.
         if lease and holder and holder.uuid == uuid and not self.platform.is_open(lease.device):
             self.down([name])
+
+    def domains(self) -> dict[str, DomainRecord]:
+        """Return which guests belong to domains of libvirt's, by the guests' names."""
+        with self._reading() as store:
+            return store.domains()
+
+    def heed_domains(self, there: Collection[str], now: float, *, free: bool) -> list[str]:
+        """Take note of the domains that libvirt has at the time `now`, by UUID; return the guests that were freed.
+
+        These are, if `free`, those that were made for a domain which has been seen gone before, for longer than the
+        grace time. `there` must be all that libvirt has: a libvirt that did not answer tells nothing.
+        """
+        self.platform.need_rights()
+        due = now - self.settings.libvirt_grace * _DAY
+        with self._reading() as store:
+            known = store.domains().values()
+            devices = {one.name: one.device for one in store.leases()}
+        times = absence.notes(known, there, now)
+        overdue = [
+            name
+            for name in (absence.overdue(known, there, due) if free else [])
+            if name in devices and not self.platform.is_open(devices[name])
+        ]
+        if not times and not overdue:
+            return []
+        with self._writing(dry_run=False) as store:
+            if times:
+                store.set_gone(times)
+            freed = store.give_up(overdue, before=due) if overdue else []
+            if freed:
+                with self._locks.host(shared=True):
+                    self._finish_deletion(store, store.leases(freed))
+                    self._names.write(store)
+            return freed
 
     # The host part
 

@@ -48,6 +48,7 @@ class Settings:
     domain: str = "vmnet.internal"
     mtu: int = USUAL_MTU
     guard_forwarding: bool = True
+    libvirt_grace: float = 7
     pool: Pool = field(default_factory=Pool)
     plane: Plane = field(default_factory=Plane)
 
@@ -119,6 +120,10 @@ def _between(low: int, high: int) -> Callable[[Any], bool]:
     return lambda value: _is_number(value) and low <= value <= high
 
 
+def _is_days(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 3650  # never a NaN
+
+
 def _is_bit(value: Any) -> bool:
     return _is_number(value) and 0 < value < 1 << 32 and value & (value - 1) == 0
 
@@ -138,6 +143,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "group_mapped": (_is_group, "a link group, 1 to 4294967295"),
     "group_native": (_is_group, "a link group, 1 to 4294967295"),
     "guard_forwarding": (lambda value: isinstance(value, bool), "true or false"),
+    "libvirt_grace": (_is_days, "a number of days from 0 to 3650, such as 7"),
     "mark": (_is_bit, "a number with one bit set, such as 0x08000000"),
     "mtu": (_between(576, 65535), "a number from 576 to 65535"),
     "pool": (_is_texts, 'a list of networks such as ["127.1.0.0/16"]'),

@@ -76,7 +76,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             netns_inode INTEGER NOT NULL) STRICT""",
         # Which domain of libvirt's a guest belongs to; it goes with the guest.
         """CREATE TABLE domain (
-            name TEXT PRIMARY KEY, uuid TEXT NOT NULL, mac TEXT NOT NULL, domain TEXT NOT NULL) STRICT""",
+            name TEXT PRIMARY KEY, uuid TEXT NOT NULL, mac TEXT NOT NULL, domain TEXT NOT NULL,
+            made INTEGER NOT NULL, gone REAL) STRICT""",
     ),
 )
 
@@ -91,6 +92,25 @@ class DomainKey(NamedTuple):
     uuid: str
     mac: str
     domain: str
+
+
+class DomainRecord(NamedTuple):
+    """Which domain the guest `name` belongs to: `made` by libvirt's hook for it, or before and by a person.
+
+    `gone` is when libvirt was first seen without that domain, seconds since the epoch; None while it is there.
+    """
+
+    name: str
+    uuid: str
+    mac: str
+    domain: str
+    made: bool
+    gone: float | None
+
+    @property
+    def key(self) -> DomainKey:
+        """What tells this interface of libvirt's from another."""
+        return DomainKey(self.uuid, self.mac, self.domain)
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,11 +274,10 @@ class Store:
             db.executemany("DELETE FROM domain WHERE name = ?", [(name,) for name in names])
             db.executemany("DELETE FROM lease WHERE name = ?", [(name,) for name in names])
 
-    def domain(self, name: str) -> DomainKey | None:
+    def domain(self, name: str) -> DomainRecord | None:
         """Return which domain of libvirt's a guest belongs to, None for one that libvirt does not know."""
         with self._reading() as db:
-            row = db.execute("SELECT uuid, mac, domain FROM domain WHERE name = ?", (name,)).fetchone()
-            return None if row is None else DomainKey(*row)
+            return next(_domains(db, "WHERE name = ?", name), None)
 
     def guest_of(self, uuid: str, mac: str) -> str | None:
         """Return the name of the guest that is an interface of a domain of libvirt's, None without one."""
@@ -266,22 +285,45 @@ class Store:
             row = db.execute("SELECT name FROM domain WHERE uuid = ? AND mac = ? ORDER BY name", (uuid, mac)).fetchone()
             return None if row is None else str(row[0])
 
-    def domains(self) -> dict[str, DomainKey]:
-        """Return which guests belong to which domains of libvirt's, by the guests' names."""
+    def domains(self) -> dict[str, DomainRecord]:
+        """Return which guests belong to which domains of libvirt's, by the guests' names and in their order."""
         with self._reading() as db:
-            rows = db.execute("SELECT name, uuid, mac, domain FROM domain ORDER BY name")
-            return {name: DomainKey(*key) for name, *key in rows}
+            return {one.name: one for one in _domains(db, "ORDER BY name")}
 
-    def set_domain(self, name: str, key: DomainKey, maker: Maker) -> None:
-        """Record which domain of libvirt's a guest belongs to, and who makes its tap.
+    def set_domain(self, name: str, key: DomainKey | None, maker: Maker, *, made: bool = False) -> None:
+        """Record which domain, which is there, a guest belongs to (None: none), and who makes its tap.
 
-        Of a tap that libvirt makes nothing but the MAC tells whose it is, so the guest has that of its domain.
+        A guest that was once `made` for a domain stays so. Of a tap that libvirt makes nothing but the MAC tells whose
+        it is, so the guest has that of its domain.
         """
         with self._writing() as db:
-            db.execute("INSERT OR REPLACE INTO domain (name, uuid, mac, domain) VALUES (?, ?, ?, ?)", (name, *key))
+            if key is None:
+                db.execute("DELETE FROM domain WHERE name = ?", (name,))
+            else:
+                db.execute(
+                    "INSERT INTO domain (name, uuid, mac, domain, made) VALUES (?, ?, ?, ?, ?) ON CONFLICT (name) DO"
+                    " UPDATE SET uuid = excluded.uuid, mac = excluded.mac, domain = excluded.domain,"
+                    " made = max(made, excluded.made), gone = NULL",
+                    (name, *key, made),
+                )
             db.execute("UPDATE lease SET maker = ? WHERE name = ?", (maker, name))
-            if maker == "libvirt":
+            if maker == "libvirt" and key:
                 db.execute("UPDATE lease SET mac = ? WHERE name = ?", (key.mac, name))
+
+    def set_gone(self, times: Mapping[str, float | None]) -> None:
+        """Record since when the domains of guests have been gone, None: they are there; others stay as they are."""
+        with self._writing() as db:
+            db.executemany("UPDATE domain SET gone = ? WHERE name = ?", [(gone, name) for name, gone in times.items()])
+
+    def give_up(self, names: Sequence[str], *, before: float) -> list[str]:
+        """Wish those of `names` deleted that were made for a domain which has been gone since `before`; return them.
+
+        One whose domain has come back meanwhile stays.
+        """
+        with self._writing() as db:
+            overdue = [one.name for one in _domains(db, "WHERE made AND gone <= ?", before) if one.name in set(names)]
+            db.executemany("UPDATE lease SET wish = 'deleting' WHERE name = ?", [(name,) for name in overdue])
+            return overdue
 
     def has_libvirts(self) -> bool:
         """Say whether there are guests whose taps libvirt makes."""
@@ -363,6 +405,12 @@ _COLUMNS = (
 _INSERT_LEASE = f"INSERT INTO lease ({_COLUMNS}) VALUES ({', '.join('?' * 17)})"
 _NETNS_SET = "netns_path = ?, netns_owned = ?, netns_device = ?, netns_inode = ?, netns_boot_id = ?, netns_cookie = ?"
 _IS_ALLOCATABLE = "coalesce((SELECT hi > {0} FROM allocatable WHERE lo <= {0} ORDER BY lo DESC LIMIT 1), 0)"
+
+
+def _domains(db: sqlite3.Connection, which: str, *values: object) -> Iterator[DomainRecord]:
+    for row in db.execute(f"SELECT name, uuid, mac, domain, made, gone FROM domain {which}", values):
+        name, uuid, mac, domain, made, gone = row
+        yield DomainRecord(name, uuid, mac, domain, bool(made), gone)
 
 
 def _allocate(db: sqlite3.Connection, requests: Sequence[LeaseRequest], pool: Pool, created: str) -> list[Lease]:

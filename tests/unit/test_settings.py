@@ -48,6 +48,8 @@ RIGHT: list[tuple[str, Settings]] = [
     ("mtu = 576", Settings(mtu=576)),
     ("mtu = 65535", Settings(mtu=65535)),
     ("guard_forwarding = false", Settings(guard_forwarding=False)),
+    ("libvirt_grace = 0.5", Settings(libvirt_grace=0.5)),
+    ("libvirt_grace = 3650", Settings(libvirt_grace=3650)),
     ('pool = ["127.9.0.0/16"]', Settings(pool=Pool((IPNetwork("127.9.0.0/16"),)))),
     ('reserved = ["127.1.27.0/24", "127.2.0.1"]', Settings(pool=Pool.parse([], ["127.1.27.0/24", "127.2.0.1"]))),
     ("shadow = 240", Settings(plane=Plane(shadow=240))),
@@ -82,6 +84,9 @@ WRONG: list[tuple[str, str, str]] = [
     ("guard_forwarding", "1", "1"),
     ("guard_forwarding", '"true"', "'true'"),
     ("guard_forwarding", "[]", "[]"),
+    *[("libvirt_grace", number, number) for number in ("-1", "3650.5", "nan", "inf")],
+    ("libvirt_grace", "true", "True"),
+    ("libvirt_grace", '"7d"', "'7d'"),
     ("pool", '"127.1.0.0/16"', "'127.1.0.0/16'"),
     ("pool", "[1]", "[1]"),
     *[
@@ -182,7 +187,7 @@ def test_any_value_is_taken_as_it_is_or_refused_by_name(
         assert any(key in error.message for key in (*values, "group_native"))  # noqa: PT017 - what it says, if it does
         return
     held = {**asdict(settings.plane), "domain": settings.domain, "mtu": settings.mtu}
-    held["guard_forwarding"] = settings.guard_forwarding
+    held |= {"guard_forwarding": settings.guard_forwarding, "libvirt_grace": settings.libvirt_grace}
     for key, value in values.items():
         if key not in ("pool", "reserved"):
             assert held[key] == value
