@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from vmnet import __version__
 from vmnet.engine import Engine, Stamp
@@ -48,6 +48,13 @@ def _code_stamp() -> tuple[int, ...]:
 
 OpenEngine = Callable[[Report, Callable[[Op], bool]], AbstractContextManager[Engine]]
 OpenEvents = Callable[[Engine, int], EventSource]
+
+
+class Domains(Protocol):
+    """Who tells which domains libvirt has; see vmnet.libvirt.listen."""
+
+    def hear(self, *, wanted: bool) -> frozenset[str] | None: ...
+    def close(self) -> None: ...
 
 
 def open_events(engine: Engine, wakeup: int) -> EventSource:
@@ -111,6 +118,7 @@ class Watcher:
     metrics: Path | None = None
     clocks: Callable[[], Clocks] = read_clocks
     truces: Truces = field(default_factory=Truces)
+    domains: Domains | None = None
     _engine: Engine = field(init=False)
     _events: EventSource = field(init=False)
     _opened: ExitStack = field(init=False, default_factory=ExitStack)
@@ -127,6 +135,7 @@ class Watcher:
     _code: tuple[int, ...] = field(init=False, default_factory=_code_stamp)
     _newer: tuple[tuple[int, ...], float] | None = field(init=False, default=None)
     _has_jumped: bool = field(init=False, default=False)
+    _has_domains: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self._signs = Signs(self.run, self.metrics, self.interval)
@@ -168,6 +177,8 @@ class Watcher:
     def _close(self) -> None:
         self._hearing.close()
         self._opened.close()
+        if self.domains:
+            self.domains.close()
 
     def _wait_to_lead(self, lead: "_Lead") -> bool:
         """Wait while another watcher is at work, to take over from it; say whether it came to that."""
@@ -208,7 +219,21 @@ class Watcher:
             if more.anything and not heard.anything:
                 act = max(now + _SETTLE, looked + gap)
             heard = heard.also(more)
+            self._heed_domains()
             self.service.alive()
+
+    def _heed_domains(self) -> None:
+        """Take note of which domains libvirt has, and have guests freed whose domains have been gone for long."""
+        there = self.domains.hear(wanted=self._has_domains) if self.domains else None
+        if there is None:
+            return
+        try:
+            freed = self._engine.heed_domains(there, self.clocks().wall, free=True)
+        except (VmnetError, OSError) as error:
+            self._warnings.add(str(error))
+            return
+        for name in freed:
+            self.service.log("freed", guest=name, reason="its domain is gone from libvirt")
 
     def _read_clocks(self) -> Clocks:
         before, self._now = self._now, self.clocks()
@@ -290,6 +315,7 @@ class Watcher:
             self._reopen()
         known = {one.name: one for one in self._leases or ()}
         self._leases = self._engine.recorded()
+        self._has_domains = self.domains is not None and bool(self._engine.domains())
         now = {one.name: one for one in self._leases or ()}
         self._events.expect(self._leases or ())
         self._events.attend(self._engine.answerer())
@@ -348,6 +374,8 @@ class Watcher:
             self._newer = code, self._now.steady
         elif self._now.steady - self._newer[1] >= _HALF_COPIED:
             self.service.log("starting anew", reason="vmnet has changed on disk")
+            if self.domains:
+                self.domains.close()
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
         return code != self._code
 

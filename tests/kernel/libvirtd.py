@@ -22,18 +22,24 @@ laptops are wired together. Everything ends with the laptop at the latest.
 import platform
 import signal
 import socket
+import sys
+import sysconfig
 from importlib.resources import files
 from types import TracebackType
 from typing import Self
 from uuid import uuid4
 from xml.sax.saxutils import escape, quoteattr
 
+import pytest
+
 from tests.kernel.machine import wait_until
 from tests.kernel.net import Laptop, Result, need_own_etc
 from tests.kernel.vm import LIMIT, Booted, Line, vm_files
 from tests.system.roots import cache, debian_root
 
-PACKAGES = ("dbus", "dnsmasq-base", "iptables", "libpam-systemd", "libvirt-clients", "libvirt-daemon-system")
+PACKAGES = (
+    "dbus", "dnsmasq-base", "iptables", "libpam-systemd", "libvirt-clients", "libvirt-daemon-system", "python3-libvirt",
+)  # fmt: skip
 """libvirt and what it calls; dbus and libpam-systemd are what its dependencies leave open to choose."""
 
 _SETTINGS = {
@@ -134,6 +140,18 @@ class Libvirtd:
 
     def _signal(self, number: int) -> None:
         self.laptop.run("kill", f"-{number}", str(self.pid))
+
+    def give_python(self) -> None:
+        """Let vmnet in the laptop import libvirt-python, Debian's; skip where that is for another Python."""
+        packages = debian_root("libvirt", PACKAGES) / "usr/lib/python3/dist-packages"
+        files = [packages / "libvirt.py", packages / f"libvirtmod{sysconfig.get_config_var('EXT_SUFFIX')}"]
+        if not all(file.exists() for file in files):
+            pytest.skip(f"python3-libvirt of {packages} is for another Python than {sys.executable}")
+        folder = self.laptop.folder / "libvirt-python"
+        folder.mkdir()
+        for file in files:
+            (folder / file.name).symlink_to(file)
+        self.laptop.env["PYTHONPATH"] += f":{folder}"
 
     def log(self) -> str:
         """Return what the daemon has written about warnings and errors."""

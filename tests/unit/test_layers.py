@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "rules": {"plan"},
     "settings": {"ipam", "model", "plan"},
     "store": {"ipam", "model"},
+    "absence": {"store"},
     "hostsfile": {"model"},
     "found": {"model", "ops", "plan"},
     "locks": {"model"},
@@ -34,8 +35,8 @@ ALLOWED: dict[str, set[str]] = {
         "found", "guests", "ipam", "locks", "model", "ops", "plan", "platform", "rules", "settings", "store",
     },
     "engine": {
-        "found", "guests", "hostpart", "locks", "model", "names", "ondisk", "ops", "plan", "platform", "settings",
-        "specs", "store",
+        "absence", "found", "guests", "hostpart", "locks", "model", "names", "ondisk", "ops", "plan", "platform",
+        "settings", "specs", "store",
     },
     "cloudinit": {"model", "plan", "settings"},
     "seed": {"model"},
@@ -50,13 +51,13 @@ ALLOWED: dict[str, set[str]] = {
         "signs",
     },
     "cli": {
-        "", "checkup", "cli", "cloudinit", "doctor", "engine", "hooks", "linux", "model", "ops", "plan", "platform",
-        "seed", "settings", "signs", "specs", "systemd", "watch",
+        "", "checkup", "cli", "cloudinit", "doctor", "engine", "hooks", "libvirt", "linux", "model", "ops",
+        "plan", "platform", "seed", "settings", "signs", "specs", "systemd", "watch",
     },
-    "libvirt": {"engine", "libvirt", "linux", "model", "platform", "settings", "specs", "store"},
+    "libvirt": {"engine", "libvirt", "linux", "model", "ops", "platform", "settings", "specs", "store"},
     "__main__": {"cli", "libvirt"},
 }  # fmt: skip
-PURE = {"doctor", "flows", "model", "ipam", "filters", "ops", "firewalls", "plan"}
+PURE = {"absence", "doctor", "flows", "model", "ipam", "filters", "ops", "firewalls", "plan"}
 # What does I/O, or makes two calls with the same arguments differ.
 IMPURE = {
     "os", "io", "pathlib", "socket", "subprocess", "time", "datetime", "random", "secrets", "sqlite3", "tempfile",

@@ -20,10 +20,11 @@ from vmnet import __version__
 from vmnet.cli import run as runs
 from vmnet.cli.caller import caller_uid
 from vmnet.cli.hooks import hooks
-from vmnet.cli.nextstep import libvirt_interface, qemu_arguments
+from vmnet.cli.nextstep import qemu_arguments
 from vmnet.cli.run import cannot_run
 from vmnet.cli.show import Reporter, as_json, print_guests, print_ops, say
 from vmnet.engine import Engine, Seen
+from vmnet.libvirt.element import libvirt_interface
 from vmnet.linux.platform import LinuxPlatform
 from vmnet.model import HostLacks, KernelRefused, Mode, NotPermitted, UsageError, VmnetError, check_name
 from vmnet.ops import Op
@@ -58,6 +59,14 @@ Queues = Annotated[int | None, typer.Option(metavar="N", help="Queues of a tap, 
 FOUND = 10
 _INTERRUPTED = 130  # 128 and the number of SIGINT, as shells tell it
 _LONGEST = 2000  # characters of a message: what was asked for may be of any length
+
+
+class LibvirtVerb(StrEnum):
+    """What can be done with libvirt's domains."""
+
+    status = "status"
+    attach = "attach"
+    adopt = "adopt"
 
 
 class KindOption(StrEnum):
@@ -323,6 +332,48 @@ def run(
 
 
 app.command()(hooks)
+
+
+@app.command()
+def libvirt(
+    verb: Annotated[LibvirtVerb, typer.Argument(metavar="status|attach|adopt", help="What to do.")],
+    subject: Annotated[
+        str | None, typer.Argument(metavar="[DOMAIN|NETWORK]", help="The domain to attach; the network to adopt.")
+    ] = None,
+    connect: Annotated[str, typer.Option(metavar="URI", help="Which libvirt.")] = "qemu:///system",
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="attach: what the guest is called.")] = None,
+    instead: Annotated[
+        bool, typer.Option("--instead", help="adopt: in place of the interface on NETWORK, not beside it.")
+    ] = False,
+    json_: Json = False,
+    dry_run: DryRun = False,
+    verbose: Verbose = False,
+) -> None:
+    """Say what libvirt has of vmnet's, and give it more: to a domain, or to those on one of its networks."""
+    from vmnet.cli import domains
+
+    if verb is LibvirtVerb.status:
+        if subject is not None or name is not None or instead or dry_run:
+            raise UsageError("status is for all domains, and changes nothing", hint="vmnet libvirt status [--json]")
+        with _engine() as engine:
+            domains.show_status(engine, connect, as_json=json_)
+        return
+    what = "DOMAIN" if verb is LibvirtVerb.attach else "NETWORK"
+    if subject is None:
+        raise UsageError(f"no {what.lower()} is named", hint=f"vmnet libvirt {verb} {what}")
+    if (name is not None and verb is LibvirtVerb.adopt) or (instead and verb is LibvirtVerb.attach):
+        raise UsageError(f"{'--name' if instead is False else '--instead'} is not for {verb}")
+    if name is not None:
+        check_name(name)
+    with _engine(verbose=verbose) as engine:
+        ready = (
+            domains.Attaching(engine, connect, subject, name)
+            if verb is LibvirtVerb.attach
+            else domains.Adopting(engine, connect, subject, instead=instead)
+        )
+        if dry_run:
+            _say_plan(ready.preview(), json_=json_, verbose=verbose)
+        ready.carry_out(as_json=json_)
 
 
 def _say_plan(ops: Sequence[Any], *, json_: bool, verbose: bool) -> None:

@@ -4,7 +4,8 @@ import os
 import pwd
 import stat
 
-from vmnet.model import USUAL_MTU, Conflict, Lease
+from vmnet.libvirt.element import libvirt_interface, need_tap
+from vmnet.model import USUAL_MTU, Lease
 
 _VHOST = "/dev/vhost-net"
 
@@ -30,7 +31,7 @@ def qemu_arguments(lease: Lease) -> list[str]:
 
     vhost only where the tap's owner may use it: without, qemu aborts rather than do it itself.
     """
-    _need_tap(lease)
+    need_tap(lease)
     backend = f"tap,id=vmn0,ifname={lease.device},script=no,downscript=no"
     device = f"virtio-net-pci,netdev=vmn0,mac={lease.mac}"
     if lease.queues > 1:
@@ -42,26 +43,6 @@ def qemu_arguments(lease: Lease) -> list[str]:
     if lease.mtu != USUAL_MTU:
         device += f",host_mtu={lease.mtu}"
     return ["-netdev", backend, "-device", device]
-
-
-def libvirt_interface(lease: Lease) -> str:
-    """Return the element that gives a libvirt domain a guest's tap; raises Conflict for a guest that has none."""
-    _need_tap(lease)
-    inner = [
-        f"<mac address='{lease.mac}'/>",
-        f"<target dev='{lease.device}' managed='no'/>",  # what vmnet has made, libvirt leaves as it is
-        "<model type='virtio'/>",
-    ]
-    if lease.queues > 1:
-        inner.append(f"<driver queues='{lease.queues}'/>")
-    if lease.mtu != USUAL_MTU:
-        inner.append(f"<mtu size='{lease.mtu}'/>")
-    return "\n  ".join(["<interface type='ethernet'>", *inner]) + "\n</interface>"
-
-
-def _need_tap(lease: Lease) -> None:
-    if lease.kind != "tap":
-        raise Conflict(f"{lease.name} is a {lease.kind}: no VM has it", hint="vmnet create NAME makes a tap")
 
 
 def _user(uid: int) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vmnet.cli.show import say
+from vmnet.libvirt.listen import Listening
 from vmnet.settings import Paths
 from vmnet.signs import Service, read_status
 from vmnet.watch import OpenEngine, Orders, Watcher
@@ -25,7 +26,10 @@ def run(
     for number, order in ((signal.SIGTERM, "stop"), (signal.SIGINT, "stop"), (signal.SIGHUP, "look")):
         signal.signal(number, lambda *_, order=order: setattr(orders, order, True))
     service = Service(as_json=as_json)
-    Watcher(open_engine, service, paths.run, orders, interval=interval, metrics=metrics, **others).watch()
+    domains = Listening(writing)
+    Watcher(
+        open_engine, service, paths.run, orders, interval=interval, metrics=metrics, domains=domains, **others
+    ).watch()
 
 
 def show_status(run: Path, *, as_json: bool) -> int:

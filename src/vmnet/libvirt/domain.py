@@ -90,7 +90,7 @@ def parse_domain(xml: bytes) -> Domain:
 
     A document type is where entities are declared, and libvirt writes none: so nothing is ever expanded.
     """
-    root = _parse(xml)
+    root = parse_root(xml)
     if root.tag != "domain":
         raise UsageError("this is no libvirt domain", hint="the XML begins with <domain>")
     interfaces = list(_interfaces(root))
@@ -104,7 +104,7 @@ def parse_domain(xml: bytes) -> Domain:
 
 def parse_port(xml: bytes) -> Port | None:
     """Return whose port a network's hook is about, None for no guest's; raises UsageError for what is no port."""
-    root = _parse(xml)
+    root = parse_root(xml)
     owner = root.find("networkport/owner")
     if root.tag != "hookData" or owner is None:
         raise UsageError("this is no port of a libvirt network", hint="the XML begins with <hookData>")
@@ -185,7 +185,8 @@ def _number(text: str | None) -> int | None:
     return int(text) if text is not None and text.isascii() and text.isdecimal() and len(text) < 10 else None
 
 
-def _parse(xml: bytes) -> Element:
+def parse_root(xml: bytes) -> Element:
+    """Return the root of a document, nothing expanded; raises UsageError for what is none, or declares entities."""
     if len(xml) > LARGEST:
         raise UsageError(f"the domain's XML has more than {LARGEST >> 20} MiB")
     builder = TreeBuilder()
