@@ -154,14 +154,19 @@ class Laptop(Machine):
         self._anchor.wait()
         _pipe(self._anchor.stdout).close()
 
+    @property
+    def namespaces(self) -> list[str]:
+        """The namespaces that a process of the laptop's is in."""
+        return [f"{self.proc}/ns/{name}" for name in ("net", "mnt", "pid_for_children")]
+
     def path(self, inside: str) -> Path:
         """Return where a path of the laptop is found from here."""
         return self.proc / "root" / inside.lstrip("/")
 
     def command(self, *argv: str) -> list[str]:
         """Return the command that runs `argv` inside all of the laptop's namespaces, in this folder."""
-        where = [f"--{kind}={self.proc}/ns/{file}" for kind, file in (("net", "net"), ("mount", "mnt"))]
-        return ["nsenter", *where, f"--pid={self.proc}/ns/pid_for_children", f"--wd={self.folder}", "--", *argv]
+        where = [f"--{kind}={file}" for kind, file in zip(("net", "mount", "pid"), self.namespaces, strict=True)]
+        return ["nsenter", *where, f"--wd={self.folder}", "--", *argv]
 
     def run(self, *argv: str, check: bool = True, stdin: str | None = None) -> str:
         """Run a program in all of the laptop's namespaces; see `Machine.run`."""

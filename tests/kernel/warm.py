@@ -2,7 +2,8 @@
 
 `Warm.vmnet(laptop, ...)` does what `laptop.vmnet(...)` does, with the same main() in the same namespaces, in a tenth
 of the time, which tests that make hundreds of calls live on. `start()` returns at once, for many at the same time;
-`traced()` has strace watch the call, and kill it where it is told to.
+`strace` has strace watch the call, and kill it where it is told to. Any other place will do as well; one without
+namespaces of its own, such as the Mac of tests/darwin, needs no root.
 """
 
 import ctypes
@@ -15,17 +16,26 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
-from tests.kernel.net import SOURCES, Laptop, Result
+from tests.kernel.net import SOURCES, Result
 
 _CHECKOUT = Path(__file__).parents[2]
-_NAMESPACES = ("net", "mnt", "pid_for_children")
 _ATTACHED = b"attached"
 _KILLED = 128
 """A process that a signal ended is told as a shell tells it: 128 and the signal's number."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Place(Protocol):
+    """Where the command line runs: which namespaces it enters, and its folder and environment there."""
+
+    folder: Path
+    env: dict[str, str]
+
+    @property
+    def namespaces(self) -> Sequence[str]: ...
 
 
 class Call:
@@ -64,12 +74,12 @@ class Warm:
         self._socket.close()
         self._process.wait()
 
-    def start(self, laptop: Laptop, *args: str, strace: Sequence[str] = ()) -> Call:
-        """Start the command line in the laptop, watched by strace with those options if there are any."""
+    def start(self, place: Place, *args: str, strace: Sequence[str] = ()) -> Call:
+        """Start the command line there, watched by strace with those options if there are any."""
         request = {
-            "namespaces": [f"{laptop.proc}/ns/{name}" for name in _NAMESPACES],
-            "folder": str(laptop.folder),
-            "env": laptop.env,
+            "namespaces": place.namespaces,
+            "folder": str(place.folder),
+            "env": place.env,
             "args": args,
             "strace": strace,
         }
@@ -79,9 +89,9 @@ class Warm:
             theirs.close()
         return Call(f"vmnet {' '.join(args)}", *(ours for ours, _ in pairs))
 
-    def vmnet(self, laptop: Laptop, *args: str, check: bool = True, strace: Sequence[str] = ()) -> Result:
-        """Run the command line in the laptop; with `check` another exit code than 0 fails the test."""
-        result = self.start(laptop, *args, strace=strace).wait()
+    def vmnet(self, place: Place, *args: str, check: bool = True, strace: Sequence[str] = ()) -> Result:
+        """Run the command line there; with `check` another exit code than 0 fails the test."""
+        result = self.start(place, *args, strace=strace).wait()
         assert not check or result.code == 0, f"vmnet {' '.join(args)}: {result.code}\n{result.out}{result.err}"
         return result
 
@@ -112,10 +122,10 @@ def _serve(requests: socket.socket) -> None:
 
 
 def _enter_and_run(request: dict[str, Any], out: int, err: int, status: int) -> None:
-    # All are opened before one is entered: what /proc leads to is then the laptop's own.
+    # All are opened before one is entered: what /proc leads to is then the place's own.
     for fd in [os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in request["namespaces"]]:
         if _libc.setns(fd, 0) != 0:
-            raise OSError(ctypes.get_errno(), "setns into the laptop")
+            raise OSError(ctypes.get_errno(), "setns into the place")
         os.close(fd)
     os.chdir(request["folder"])
     os.environ.clear()
@@ -126,7 +136,7 @@ def _enter_and_run(request: dict[str, Any], out: int, err: int, status: int) -> 
     os.close(err)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     os.set_inheritable(status, False)
-    # Twice: the first child is the first process inside the laptop, and can attach strace to the second.
+    # Twice: the first child is the first process inside, and can attach strace to the second.
     code = _wait(_fork(lambda: _supervise(request)))
     os.write(status, str(code).encode())
     os._exit(0)
