@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "hostsfile": {"model"},
     "found": {"model", "ops", "plan"},
     "locks": {"model"},
+    "darwin": {"darwin", "model"},
     "linux": {"filters", "flows", "firewalls", "linux", "model", "ondisk", "ops", "plan", "platform", "hostsfile"},
     "platform": {"model", "ops", "plan"},
     "specs": {"model", "platform", "settings", "store"},
