@@ -33,12 +33,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--long"):
-        long = [item for item in items if "long" in item.keywords]
+        long = [item for item in items if item.get_closest_marker("long")]
         config.hook.pytest_deselected(items=long)
-        items[:] = [item for item in items if "long" not in item.keywords]
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
     if not (Path("/proc/self/uid_map").exists() and is_real_root()):
         for item in items:
-            if "root" in item.keywords:
+            if item.get_closest_marker("root"):
                 item.add_marker(
                     pytest.mark.skip(reason="needs the machine's own root: this is not uid 0 of all its uids")
                 )
