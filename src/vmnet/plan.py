@@ -390,19 +390,23 @@ def _as_made(desired: Guest, wanted: Link) -> Link:
     return replace(made, mac=None, group=0, mtu=0)
 
 
+def _plan_renamed(desired: Guest, wanted: Link, link: Link, observed: Side) -> list[Op]:
+    """Return the ops for a device of another name. Before Linux 6.2 one that is up keeps its."""
+    if link.up:
+        return _down_first(desired, link, observed)
+    named: list[Op] = [SetLink(HOST, link.name, link.index, name=wanted.name)]
+    if desired.maker == "libvirt" and link.alias != wanted.alias:
+        named.append(AddAltName(wanted.name, link.index, link.name))  # libvirt goes on to call it so
+    return named + _plan_host_side(desired, replace(link, name=wanted.name), observed)
+
+
 def _plan_host_side(desired: Guest, link: Link, observed: Side) -> list[Op]:
     """Return the ops for the host's side: sysctls and filters stand before the device goes up."""
     wanted = desired.host.link
     assert wanted is not None
     name, index = link.name, link.index
     if name != wanted.name:
-        # Before Linux 6.2 a device that is up keeps its name.
-        if link.up:
-            return _down_first(desired, link, observed)
-        named: list[Op] = [SetLink(HOST, name, index, name=wanted.name)]
-        if desired.maker == "libvirt" and link.alias != wanted.alias:
-            named.append(AddAltName(wanted.name, index, name))  # libvirt goes on to call it so
-        return named + _plan_host_side(desired, replace(link, name=wanted.name), observed)
+        return _plan_renamed(desired, wanted, link, observed)
     ops: list[Op] = []
     change = SetLink(
         HOST, name, index,
