@@ -59,11 +59,6 @@ class Watching:
         if kind is None and not self._killed:
             assert code == 0, self.log()
 
-    @property
-    def _run(self) -> Path:
-        """The run folder, as it is found from here."""
-        return self.laptop.path(self.laptop.env.get("VMNET_RUN_DIR", "/run/vmnet"))
-
     def is_ready(self) -> bool:
         """Tell whether it has looked for the first time, or stands by."""
         status = self._run / "watch.json"
