@@ -193,7 +193,14 @@ class Engine:
         return [seen.get(lease.name) or Seen(lease, "up") for lease in leases]
 
     def _create_or_undo(self, store: Store, names: Sequence[str], new: Sequence[str]) -> None:
-        with self._locks.guests(lease.block.number for lease in store.leases(names)):
+        recorded = store.leases(names)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(self._locks.guests(lease.block.number for lease in recorded))
+            except VmnetError:  # of a caller whose time was up while this waited
+                ours = [lease.name for lease in recorded if lease.name in new and store.lease(lease.name) == lease]
+                store.set_wish(ours, "deleting", gone_ok=True)
+                raise
             problems: list[Exception] = []
             try:
                 leases = [lease for lease in store.leases(names) if lease.wish == "up"]
@@ -529,6 +536,14 @@ class Engine:
                     self._finish_deletion(store, store.leases(freed))
                     self._names.write(store)
             return freed
+
+    def finish_removals(self) -> None:
+        """Take away what is to be gone and is not, because somebody was cut off; what cannot be is left again."""
+        with self._reading() as store:
+            left = self._guests.drifted([lease for lease in store.leases() if lease.wish != "up"])
+        if left:
+            with self._writing(dry_run=False) as store, suppress(NoSuchGuest):
+                self._converge(store, left)
 
     # The host part
 

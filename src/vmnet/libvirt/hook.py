@@ -21,18 +21,25 @@ from vmnet.settings import Paths, load_settings
 from vmnet.specs import GuestSpec
 from vmnet.store import DomainKey
 
-_LIMIT = 5  # seconds
 _FAILED = 1
 
 
 def main(arguments: list[str]) -> int:
-    """Do what one call asks for; `arguments` are driver, domain or network, operation, sub-operation and extra."""
+    """Do what one call asks for; `arguments` are driver, domain or network, operation, sub-operation and extra.
+
+    The script that runs this ends it by SIGTERM when its time is up, says so itself, and kills what does not end soon.
+    """
     operation = arguments[2] if len(arguments) > 2 else ""
     act = _ACTS.get((arguments[0], operation)) if arguments else None
     if act is None:
         return 0
-    signal.signal(signal.SIGALRM, _too_late)
-    signal.alarm(_LIMIT)
+    late: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        late.append(number)
+        raise VmnetError("the time is up")  # what was begun is undone
+
+    signal.signal(signal.SIGTERM, stop)
     try:
         call = act(sys.stdin.buffer.read(LARGEST + 1))
         if call:
@@ -42,17 +49,13 @@ def main(arguments: list[str]) -> int:
                 call(Engine(platform, load_settings(paths.config), paths, Listener()))
     except (VmnetError, OSError) as error:
         if operation == "prepare":
+            if late:
+                return _FAILED
             said = error.message if isinstance(error, VmnetError) else str(error)
             hint = f" ({error.hint})" if isinstance(error, VmnetError) and error.hint else ""
             print(f"vmnet: {said}{hint}".replace("\n", " ")[:2000], file=sys.stderr)
             return _FAILED
-    finally:
-        signal.alarm(0)  # the end of the interpreter, which hears no signal, is not to be cut off
     return 0
-
-
-def _too_late(*_: object) -> None:
-    raise VmnetError(f"vmnet was not done after {_LIMIT} s", hint="another vmnet may hold its lock: try again")
 
 
 def prepare(engine: Engine, domain: Domain) -> None:
@@ -67,6 +70,7 @@ def prepare(engine: Engine, domain: Domain) -> None:
                 hint=f"<target dev='{one.device}' managed='no'/>",
             )
         engine.claim(_spec(engine, name, one), key)
+    engine.finish_removals()
 
 
 def _label(domain: str) -> str:
