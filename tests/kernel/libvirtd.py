@@ -24,7 +24,6 @@ import signal
 import socket
 import sys
 import sysconfig
-from importlib.resources import files
 from types import TracebackType
 from typing import Self
 from uuid import uuid4
@@ -168,13 +167,6 @@ class Libvirtd:
         path = self.laptop.folder / "domain.xml"
         path.write_text(xml)
         self.virsh("define", str(path))
-
-    def define_network(self) -> None:
-        """Define and start the network `vmnet`."""
-        path = self.laptop.folder / "network.xml"
-        path.write_bytes((files("vmnet") / "templates/libvirt/network.xml").read_bytes())
-        self.virsh("net-define", str(path))
-        self.virsh("net-start", "vmnet")
 
     def running(self) -> list[str]:
         """Return the names of the domains that run, or are paused."""

@@ -40,7 +40,6 @@ def interface(request: pytest.FixtureRequest, hooked: Libvirtd) -> Interface:
     """Both ways in which a domain asks for vmnet: by a device's name, and by the network `vmnet`."""
     if request.param == "device":
         return ethernet
-    hooked.define_network()
     return lambda device, mac: on_network(mac)
 
 
@@ -262,7 +261,6 @@ def test_a_domain_that_migrates_has_its_record_at_both_ends(
     folder.mkdir()
     with Lab(folder) as other, Libvirtd(other.laptop) as there:
         other.laptop.run(str(program), "-m", "vmnet", "hooks", "install", "libvirt")
-        there.define_network()
         lab.wire(lab.laptop, "cable0", other.laptop, "cable0")
         lab.laptop.ip("addr add 10.9.0.1/24 dev cable0")
         other.laptop.ip("addr add 10.9.0.2/24 dev cable0")

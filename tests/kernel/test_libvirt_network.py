@@ -176,6 +176,8 @@ def test_a_domain_changes_from_one_way_to_the_other(laptop: Laptop, internet: Ma
 
 
 def test_a_network_of_somebody_elses_of_that_name_is_left_alone(laptop: Laptop, hooked: Libvirtd) -> None:  # noqa: F811
+    for verb in ("net-destroy", "net-undefine"):
+        hooked.virsh(verb, "vmnet")
     path = laptop.folder / "theirs.xml"
     path.write_text("<network><name>vmnet</name><ip address='10.66.0.1' netmask='255.255.255.0'/></network>")
     hooked.virsh("net-create", str(path))

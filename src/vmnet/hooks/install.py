@@ -66,12 +66,13 @@ class Run(NamedTuple):
     """Run a program that is to hear of it; its failure is a warning."""
 
     argv: tuple[str, ...]
+    stdin: str = ""
 
     def __str__(self) -> str:
-        return f"! {self.command()}"
+        return f"! {shlex.join(self.argv)}"
 
     def command(self) -> str:
-        return shlex.join(self.argv)
+        return shlex.join(self.argv) + (f" <<'END'\n{self.stdin}END" if self.stdin else "")
 
 
 Step: TypeAlias = WriteFile | MakeLink | RemoveFile | Run
@@ -167,9 +168,9 @@ def apply(steps: Iterable[Step], *, mark: bool) -> list[str]:
                 step.path.unlink(missing_ok=True)
                 _drop_folder(step.path.parent)
             case Run():
-                complaint = run(step.argv)
+                complaint = run(step.argv, step.stdin)
                 if complaint is not None:
-                    complaints.append(f"{step.command()}: {complaint}")
+                    complaints.append(f"{shlex.join(step.argv)}: {complaint}")
     return complaints
 
 

@@ -43,7 +43,8 @@ class Command:
 class Part:
     """What is installed for one other program; `found` says whether that is here.
 
-    Commands run after its files are installed, before they are taken away, and after that.
+    Commands run after its files are installed, before they are taken away, and after that. Libvirt's network `vmnet`
+    belongs to the one that says so.
     """
 
     name: str
@@ -52,31 +53,45 @@ class Part:
     installed: tuple[Command, ...] = ()
     leaving: tuple[Command, ...] = ()
     gone: tuple[Command, ...] = ()
+    has_network: bool = False
 
 
-def run(argv: tuple[str, ...]) -> str | None:
-    """Run a program to its end; return None when all is well, else what is not."""
+class ProgramFailed(Exception):
+    """A program could not be run, did not end in time, or says that it failed; in its own first line if it has one."""
+
+
+def ask(argv: tuple[str, ...], *, stdin: str = "", patience: float = _PATIENCE) -> str:
+    """Run a program to its end and return what it says; raises ProgramFailed."""
     try:
         done = subprocess.run(
             argv,
-            stdin=subprocess.DEVNULL,
+            input=stdin,
             capture_output=True,
             text=True,
             errors="replace",
             check=False,
             env=ENVIRONMENT,
-            timeout=_PATIENCE,
+            timeout=patience,
         )
     except FileNotFoundError:
-        return f"there is no {argv[0]}"
+        raise ProgramFailed(f"there is no {argv[0]}") from None
     except OSError as error:
-        return f"{argv[0]} cannot be run: {error.strerror}"
+        raise ProgramFailed(f"{argv[0]} cannot be run: {error.strerror}") from None
     except subprocess.TimeoutExpired:
-        return f"it has not ended after {_PATIENCE} s"
-    if done.returncode == 0:
-        return None
-    words = (done.stderr.strip() or done.stdout.strip()).splitlines()
-    return words[0] if words else f"exit code {done.returncode}"
+        raise ProgramFailed(f"it has not ended after {patience} s") from None
+    if done.returncode:
+        words = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        raise ProgramFailed(words[0] if words else f"exit code {done.returncode}")
+    return done.stdout
+
+
+def run(argv: tuple[str, ...], stdin: str = "") -> str | None:
+    """Run a program to its end; return None when all is well, else what is not."""
+    try:
+        ask(argv, stdin=stdin)
+    except ProgramFailed as error:
+        return str(error)
+    return None
 
 
 def _exists(*paths: str) -> _Question:
@@ -150,7 +165,7 @@ _RESTART_DNSMASQ = (
 )
 _RELOAD_LIBVIRT = tuple(
     Command(("pkill", "-HUP", "-x", daemon), when=_says_yes("pgrep", "-x", daemon))
-    for daemon in ("libvirtd", "virtqemud")
+    for daemon in ("libvirtd", "virtqemud", "virtnetworkd")
 )
 _FIREWALLD_RUNS = _says_yes("firewall-cmd", "--state")
 # A zone that says the same as ours and is always there, and ours, which firewalld knows when it has started anew.
@@ -250,6 +265,7 @@ PARTS = (
         ),
         # libvirt looks for hooks when it starts and at SIGHUP; with none there it would not see the first one.
         installed=_RELOAD_LIBVIRT,
+        has_network=True,
     ),
     Part(
         "firewalld",
