@@ -33,7 +33,6 @@ BRIDGED = f"/sys/class/net/{LIBVIRT_BRIDGE}/brif"
 @pytest.fixture
 def network(hooked: Libvirtd) -> Libvirtd:  # noqa: F811
     """libvirt with vmnet's hooks and its network."""
-    hooked.define_network()
     return hooked
 
 
