@@ -188,9 +188,16 @@ class Engine:
     def create_and_look(self, specs: Sequence[GuestSpec]) -> list[Seen]:
         """Make guests as `create` does and say how they are: those to be up were seen to be, or it raises."""
         leases, _ = self.create(specs)
-        others = [lease.name for lease in leases if lease.wish != "up" or lease.maker != "vmnet"]
-        seen = {one.lease.name: one for one in self.look(others)} if others else {}
-        return [seen.get(lease.name) or Seen(lease, "up") for lease in leases]
+        return [self._look_at(lease) for lease in leases]
+
+    def _look_at(self, lease: Lease) -> Seen:
+        """Return how a guest is that `create` has returned."""
+        if lease.wish == "up" and lease.maker == "vmnet":
+            return Seen(lease, "up")
+        try:
+            return self.look([lease.name])[0]
+        except NoSuchGuest:  # deleted meanwhile
+            return Seen(lease, "down")
 
     def _create_or_undo(self, store: Store, names: Sequence[str], new: Sequence[str]) -> None:
         recorded = store.leases(names)
