@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.kernel.libvirtd import Domain, Libvirtd, domain_xml, ethernet
+from tests.kernel.libvirtd import Domain, Libvirtd, domain_xml, ethernet, on_network
 from tests.kernel.machine import Machine, wait_until
 from tests.kernel.net import Laptop, Result
 from tests.kernel.test_hooks import hooks, program  # noqa: F401 -- fixtures
@@ -325,6 +325,33 @@ def test_another_libvirt_says_nothing_of_guests_of_this_one(laptop: Laptop, hook
     assert [one["name"] for one in told["domains"]] == ["test"]
     assert told["gone"] == []
     assert status(hooked_virt)["gone"] == []
+
+
+def test_a_domain_on_the_network_vmnet_has_all_it_needs(laptop: Laptop, hooked_virt: Libvirtd) -> None:
+    virt = hooked_virt
+    virt.define_network()
+    Domain(virt, "web", on_network(MAC) + ON_DEFAULT.replace(MAC, "52:54:00:7f:01:17"))
+
+    def told() -> list[dict[str, Any]]:
+        [domain] = status(virt)["domains"]
+        return list(domain["interfaces"])
+
+    [before] = told()
+    assert (before["type"], before["guest"], before["mac"]) == ("network", None, MAC)
+    assert [drift["what"] for drift in before["drift"]] == ["no record"]
+    assert not attach(virt, "web")["changed"]
+    virt.virsh("net-start", "default")
+    virt.virsh("start", "--paused", "web")
+    [one] = told()
+    assert (one["guest"], one["type"], one["state"], one["live"], one["config"]) == ("web", "network", "up", True, True)
+    assert one["drift"] == []
+    assert one["address"] == shown(laptop, "web")["address"]
+    done = attach(virt, "web")
+    assert (done["guest"], done["changed"]) == ("web", False)
+    assert attach(virt, "web", "--name", "web") == done
+    assert laptop.vmnet("libvirt", "adopt", "default", "--json").json == []
+    assert len(interfaces(virt, "web")) == 2
+    laptop.vmnet("libvirt", "attach", "web", "--dry-run")
 
 
 # No libvirt

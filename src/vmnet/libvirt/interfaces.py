@@ -41,10 +41,12 @@ def read_interfaces(xml: str) -> list[Interface]:
     ours = {(one.mac, one.maker): one for one in domain.interfaces}
     found = []
     for element in _elements(parse_root(data)):
-        type_, mac = element.get("type", ""), _attribute(element, "mac", "address").lower()
+        mac, network = _attribute(element, "mac", "address").lower(), _attribute(element, "source", "network")
+        # One that runs on a network with a bridge of its own is told as one of type bridge.
+        type_ = "network" if network else element.get("type", "")
         read = Interface(
             type=type_,
-            network=_attribute(element, "source", "network") if type_ == "network" else "",
+            network=network,
             device=_attribute(element, "target", "dev"),
             mac=mac,
             is_ours=False,
