@@ -329,7 +329,6 @@ def test_another_libvirt_says_nothing_of_guests_of_this_one(laptop: Laptop, hook
 
 def test_a_domain_on_the_network_vmnet_has_all_it_needs(laptop: Laptop, hooked_virt: Libvirtd) -> None:
     virt = hooked_virt
-    virt.define_network()
     Domain(virt, "web", on_network(MAC) + ON_DEFAULT.replace(MAC, "52:54:00:7f:01:17"))
 
     def told() -> list[dict[str, Any]]:
