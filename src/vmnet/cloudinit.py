@@ -16,6 +16,7 @@ DOCUMENTS = ("network-config", "meta-data", "user-data")
 _SEPARATORS = str.maketrans("", "", "-:")
 _HINTS = {
     "veth": "vmnet configures the namespace of a veth itself",
+    "alias": "an alias is an address of the host itself",
     "tun": "what opens a tun configures it: vmnet show has the addresses",
 }
 

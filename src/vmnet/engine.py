@@ -35,7 +35,7 @@ from vmnet.model import (
 from vmnet.names import Names
 from vmnet.ondisk import stamp
 from vmnet.ops import ForgetFlows, Op
-from vmnet.plan import GuestView, dotted, plan_guest, shadow_of
+from vmnet.plan import GuestView, dotted, shadow_of
 from vmnet.platform import Platform, Report, Resolver
 from vmnet.settings import Paths, Settings
 from vmnet.specs import Asking, GuestSpec
@@ -48,10 +48,16 @@ _DAY = 86400  # seconds
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A guest as recorded, and how it is in the kernel."""
+    """A guest as recorded, and how it is in the kernel; `loopback` is the device of aliases."""
 
     lease: Lease
     state: State
+    loopback: str = "lo"
+
+    @property
+    def device(self) -> str:
+        """The device on the host on which its address is."""
+        return self.loopback if self.lease.kind == "alias" else self.lease.device
 
 
 class Stamp(NamedTuple):
@@ -104,7 +110,7 @@ class Engine:
         seen = []
         for chunk in chunks(leases):
             views = self.platform.observe_guests(chunk)
-            seen += [Seen(lease, self._state(lease, views[lease.name], host_right)) for lease in chunk]
+            seen += [self._seen(lease, self._state(lease, views[lease.name], host_right)) for lease in chunk]
             self.platform.close_places()
         return seen
 
@@ -114,14 +120,8 @@ class Engine:
             return store.leases([name])[0]
 
     def _state(self, lease: Lease, view: GuestView, host_right: bool) -> State:
-        if view.host.link is None:
-            return "down"
-        if lease.wish != "up" or not host_right:
-            return "degraded"
-        try:
-            return "degraded" if plan_guest(self._guests.desire(lease), view) else "up"
-        except Conflict:
-            return "degraded"
+        state = self._guests.state(lease, view)
+        return "degraded" if state == "up" and not host_right else state
 
     # Guests
 
@@ -193,11 +193,14 @@ class Engine:
     def _look_at(self, lease: Lease) -> Seen:
         """Return how a guest is that `create` has returned."""
         if lease.wish == "up" and lease.maker == "vmnet":
-            return Seen(lease, "up")
+            return self._seen(lease, "up")
         try:
             return self.look([lease.name])[0]
         except NoSuchGuest:  # deleted meanwhile
-            return Seen(lease, "down")
+            return self._seen(lease, "down")
+
+    def _seen(self, lease: Lease, state: State) -> Seen:
+        return Seen(lease, state, self.platform.loopback)
 
     def _create_or_undo(self, store: Store, names: Sequence[str], new: Sequence[str]) -> None:
         recorded = store.leases(names)

@@ -4,7 +4,8 @@ import errno
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from vmnet.model import Conflict, KernelRefused, Lease, VmnetError
+from vmnet.aliases import plan_alias, plan_alias_removal
+from vmnet.model import Conflict, KernelRefused, Lease, State, VmnetError
 from vmnet.ops import AddTun, AddVeth, Op
 from vmnet.plan import Guest, GuestView, desire, plan_guest, plan_removal
 from vmnet.platform import Platform, Refusal, Report
@@ -50,12 +51,31 @@ class Guests:
         for chunk in chunks(leases):
             views = self.platform.observe_guests(chunk, for_removal=True)
             for lease in chunk:
-                ops += plan_removal(self.desire(lease), views[lease.name], keep_netns=keep_netns)
+                ops += self._plan_removal(lease, views[lease.name], keep_netns=keep_netns)
             self.platform.close_places()
         return ops
 
     def _plan(self, lease: Lease, view: GuestView, shift: int = 0) -> list[Op]:
-        return [op for op in plan_guest(self.desire(lease, shift), view) if not self.holds_back(op)]
+        return [op for op in self._plan_all(lease, view, shift) if not self.holds_back(op)]
+
+    def _plan_all(self, lease: Lease, view: GuestView, shift: int = 0) -> list[Op]:
+        if lease.kind == "alias":
+            return plan_alias(lease, self.platform.loopback, view.alias)
+        return plan_guest(self.desire(lease, shift), view)
+
+    def _plan_removal(self, lease: Lease, view: GuestView, *, keep_netns: bool) -> list[Op]:
+        if lease.kind == "alias":
+            return plan_alias_removal(self.platform.loopback, view.alias)
+        return plan_removal(self.desire(lease), view, keep_netns=keep_netns)
+
+    def state(self, lease: Lease, view: GuestView) -> State:
+        """Return how a guest is, going by its record alone."""
+        if not (view.alias if lease.kind == "alias" else view.host.link):
+            return "down"
+        try:
+            return "degraded" if lease.wish != "up" or self._plan_all(lease, view) else "up"
+        except Conflict:
+            return "degraded"
 
     def drifted(self, leases: Sequence[Lease]) -> list[str]:
         """Return the names of guests that are not as recorded; it takes no locks, so some may be in the making."""
@@ -68,7 +88,7 @@ class Guests:
 
     def _is_drifted(self, lease: Lease, view: GuestView) -> bool:
         if lease.wish != "up":
-            return lease.wish == "deleting" or bool(plan_removal(self.desire(lease), view, keep_netns=True))
+            return lease.wish == "deleting" or bool(self._plan_removal(lease, view, keep_netns=True))
         try:
             return bool(self._plan(lease, view))
         except Conflict:
@@ -130,13 +150,12 @@ class Guests:
         problems: dict[str, VmnetError] = {}
         for chunk in chunks(leases, size=_REMOVAL_CHUNK):
             left = list(chunk)
-            desired = {lease.name: self.desire(lease) for lease in chunk}
             for _ in range(ATTEMPTS):
                 views = self.platform.observe_guests(left, for_removal=True)
                 plans = [
                     (lease, ops)
                     for lease in left
-                    if (ops := plan_removal(desired[lease.name], views[lease.name], keep_netns=keep_netns))
+                    if (ops := self._plan_removal(lease, views[lease.name], keep_netns=keep_netns))
                 ]
                 if not plans:
                     break

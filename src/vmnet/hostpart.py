@@ -167,8 +167,11 @@ class HostPart:
         """Return how the host was found, and what of the pool others use; raises Conflict where that cannot be."""
         shadow = IPNetwork(f"{self.settings.plane.shadow}.0.0.0/8")
         uses = self.platform.find_uses(shadow, self.paths.hosts)
+        leases = store.leases() if uses else []
+        aliases = {IPNetwork(lease.block.address) for lease in leases if lease.kind == "alias"}
+        uses = [use for use in uses if use.kind != "local" or use.network not in aliases]
         clashes = [str(use) for use in uses if use.network not in LOOPBACK or POOL_SPAN in use.network]
-        holders = {lease.block.number: lease.name for lease in store.leases()} if uses else {}
+        holders = {lease.block.number: lease.name for lease in leases}
         for use in uses:
             lo, hi = blocks_touching(use.network.first, use.network.last)
             clashes += [f"{use} (it belongs to {name})" for block, name in holders.items() if lo <= block < hi]

@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 
 from netaddr import IPAddress, IPNetwork
 
-Kind: TypeAlias = Literal["tap", "veth", "tun"]
+Kind: TypeAlias = Literal["tap", "veth", "tun", "alias"]
 Mode: TypeAlias = Literal["mapped", "native"]
 Wish: TypeAlias = Literal["up", "down", "deleting"]
 State: TypeAlias = Literal["up", "down", "degraded"]
@@ -189,8 +189,10 @@ class Netns:
 class Lease:
     """The record that a guest holds a block, with all that its devices are made from.
 
-    `mac` is the guest's own MAC (None for a tun), `owner` the uid that may open its tap and manage it. `maker` is who
-    makes its device: libvirt does for a domain on its network `vmnet`, and vmnet takes that tap over.
+    An alias has no device of its own: it is an address of the host itself, and its mode says nothing.
+
+    `mac` is the guest's own MAC (None for a tun and an alias), `owner` the uid that may open its tap and manage it.
+    `maker` is who makes its device: libvirt does for a domain on its network `vmnet`, and vmnet takes that tap over.
     """
 
     name: str

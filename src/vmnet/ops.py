@@ -275,6 +275,37 @@ class AddAltName(NamedTuple):
         return f"ip link property add dev {self.device} altname {self.name}"
 
 
+class AddAlias(NamedTuple):
+    """Give the host an address of a guest's as its own, alone in its subnet, on its loopback device."""
+
+    device: str
+    address: str
+
+    def __str__(self) -> str:
+        return f"+ alias {self.address} on {self.device}"
+
+    def command(self) -> str:
+        if self.device == "lo":
+            return f"ip addr add {self.address}/32 dev lo scope host"
+        return f"ifconfig {self.device} alias {self.address} netmask 255.255.255.255"
+
+
+class DelAlias(NamedTuple):
+    """Take an address of a guest's off the host's loopback device; `value` has the prefix that it has there."""
+
+    device: str
+    value: str
+    scope: int = SCOPE_HOST
+
+    def __str__(self) -> str:
+        return f"- alias {self.value} on {self.device}"
+
+    def command(self) -> str:
+        if self.device == "lo":
+            return f"ip addr del {self.value} dev lo"
+        return f"ifconfig {self.device} -alias {self.value.partition('/')[0]}"
+
+
 class AddTun(NamedTuple):
     """Make a tun or tap, which lives only while it is open until it is made persistent."""
 
@@ -558,8 +589,8 @@ class EndAnswers(NamedTuple):
 
 
 Op: TypeAlias = (
-    AddRoute | DelRoute | AddAddress | DelAddress | PutBackAddress | SetNeighbour | DelNeighbour | AddNetns | DelNetns
-    | AddVeth | AddTun | AddBridge | AddAltName | PersistTun | DelLink | SetLink | SetConf | SetSysctl | AddClsact
-    | DelFilter | SetFilter | LoadRules | DelRules | ForgetFlows | PutRules | WriteNames | WriteAnswers | RunAnswers
-    | EndAnswers
+    AddRoute | DelRoute | AddAddress | DelAddress | PutBackAddress | AddAlias | DelAlias | SetNeighbour | DelNeighbour
+    | AddNetns | DelNetns | AddVeth | AddTun | AddBridge | AddAltName | PersistTun | DelLink | SetLink | SetConf
+    | SetSysctl | AddClsact | DelFilter | SetFilter | LoadRules | DelRules | ForgetFlows | PutRules | WriteNames
+    | WriteAnswers | RunAnswers | EndAnswers
 )  # fmt: skip

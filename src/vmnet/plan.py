@@ -147,6 +147,7 @@ class GuestView:
     `inside` is None where the namespace is not there, is not ours, or may not be looked into, `netns_id` which one was
     seen to be ours. `stub`: an absent one's path is an empty file, as a run leaves it that is killed while it makes or
     deletes a namespace. `offered`: the device is one that libvirt made for the guest, and is not taken over yet.
+    `alias` is how the address of an alias is there.
     """
 
     host: Side = field(default_factory=Side)
@@ -155,6 +156,7 @@ class GuestView:
     stub: bool = False
     netns_id: NetnsId | None = None
     offered: bool = False
+    alias: frozenset[Address] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

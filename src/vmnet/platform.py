@@ -89,9 +89,14 @@ class Refusal(Protocol):
 
 
 class Platform(Protocol):
-    """What the engine needs of a system; see vmnet.linux.platform for what each method does."""
+    """What the engine needs of a system; see vmnet.linux.platform for what each method does.
+
+    `loopback` is its device for aliases. `carves`: it has a host part, and guests with networks of their own.
+    """
 
     privileged: bool
+    loopback: str
+    carves: bool
 
     def need_rights(self) -> None: ...
     def here(self) -> NetnsId: ...

@@ -11,7 +11,7 @@ from vmnet.settings import Settings
 from vmnet.store import LeaseRequest
 
 _NAME_MAX, _PATH_MAX = 255, 4095  # bytes (linux/limits.h)
-_DEFAULT_MODES: dict[Kind, Mode] = {"tap": "mapped", "veth": "native", "tun": "native"}
+_DEFAULT_MODES: dict[Kind, Mode] = {"tap": "mapped", "veth": "native", "tun": "native", "alias": "native"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +86,10 @@ class Asking:
             raise UsageError(f"a {kind} is in no network namespace", hint="leave --netns out, or --kind veth")
         if kind == "tap" and mode != "mapped":
             raise UsageError("a tap is always mapped", hint="leave --native out, or take a veth or a tun")
-        if kind == "tun" and spec.mac:
-            raise UsageError("a tun has no MAC", hint="leave --mac out, or take a tap")
+        if kind == "alias" and (spec.mode or spec.mtu):
+            raise UsageError("an alias is an address of the host itself", hint="leave --native, --mapped and --mtu out")
+        if kind in ("tun", "alias") and spec.mac:
+            raise UsageError(f"a {kind} has no MAC", hint="leave --mac out, or take a tap")
         if kind != "tap" and (spec.queues or 1) > 1:
             raise UsageError(f"a {kind} has one queue", hint="leave --queues out, or take a tap")
         netns = None

@@ -529,7 +529,7 @@ def _reserved_blocks(reservation: Reservation) -> Extent:
 
 
 def _new_lease(request: LeaseRequest, block: Block, created: str) -> Lease:
-    mac = guest_mac(block) if request.mac is None and request.kind != "tun" else request.mac
+    mac = guest_mac(block) if request.mac is None and request.kind not in ("tun", "alias") else request.mac
     return Lease(
         name=request.name,
         block=block,

@@ -16,6 +16,7 @@ ALLOWED: dict[str, set[str]] = {
     "ops": {"filters"},
     "firewalls": {"ops"},
     "plan": {"filters", "firewalls", "ipam", "model", "ops"},
+    "aliases": {"model", "ops", "plan"},
     "rules": {"plan"},
     "settings": {"ipam", "model", "plan"},
     "store": {"ipam", "model"},
@@ -24,14 +25,16 @@ ALLOWED: dict[str, set[str]] = {
     "found": {"model", "ops", "plan"},
     "locks": {"model"},
     "darwin": {"darwin", "model"},
-    "linux": {"filters", "flows", "firewalls", "linux", "model", "ondisk", "ops", "plan", "platform", "hostsfile"},
+    "linux": {
+        "aliases", "filters", "flows", "firewalls", "linux", "model", "ondisk", "ops", "plan", "platform", "hostsfile",
+    },
     "platform": {"model", "ops", "plan"},
     "specs": {"model", "platform", "settings", "store"},
     "names": {"dnsmasq", "hostsfile", "locks", "model", "ops", "plan", "platform", "settings", "store"},
     "systemd": set(),
     "ondisk": set(),
     "dnsmasq": {"", "dnsmasq", "locks", "model", "ondisk", "ops", "plan", "platform", "settings", "systemd"},
-    "guests": {"model", "ops", "plan", "platform", "settings", "store"},
+    "guests": {"aliases", "model", "ops", "plan", "platform", "settings", "store"},
     "hostpart": {
         "found", "guests", "ipam", "locks", "model", "ops", "plan", "platform", "rules", "settings", "store",
     },
@@ -58,7 +61,7 @@ ALLOWED: dict[str, set[str]] = {
     "libvirt": {"engine", "libvirt", "linux", "model", "ops", "platform", "settings", "specs", "store"},
     "__main__": {"cli", "libvirt"},
 }  # fmt: skip
-PURE = {"absence", "doctor", "flows", "model", "ipam", "filters", "ops", "firewalls", "plan"}
+PURE = {"absence", "aliases", "doctor", "flows", "model", "ipam", "filters", "ops", "firewalls", "plan"}
 # What does I/O, or makes two calls with the same arguments differ.
 IMPURE = {
     "os", "io", "pathlib", "socket", "subprocess", "time", "datetime", "random", "secrets", "sqlite3", "tempfile",

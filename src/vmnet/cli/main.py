@@ -75,6 +75,7 @@ class KindOption(StrEnum):
     tap = "tap"
     veth = "veth"
     tun = "tun"
+    alias = "alias"
 
 
 @contextmanager

@@ -14,6 +14,8 @@ def next_step(lease: Lease) -> str:
     """Return what to do with a guest that was just made, in a few lines."""
     if lease.kind == "veth":
         return f"next: vmnet exec {lease.name} -- CMD runs a command in it"
+    if lease.kind == "alias":
+        return f"next: bind to its address, or have it lead elsewhere: vmnet relay {lease.name} PORT:HOST:PORT"
     if lease.kind == "tun":
         return f"next: open the tun device {lease.device}"
     # One option a line, as long as they are.

@@ -38,21 +38,21 @@ def as_json(seen: Seen, settings: Settings) -> dict[str, Any]:
     """Return a guest as the command line's contract has it."""
     lease = seen.lease
     block = lease.block
-    mapped = lease.mode == "mapped"
+    mapped, is_alias = lease.mode == "mapped", lease.kind == "alias"
     address, gateway = block.first + 2, block.first + 1
-    shadow = dotted(shadow_of(address, settings.plane))
+    shadow, shadow_gateway = (dotted(shadow_of(one, settings.plane)) for one in (address, gateway))
     return {
         "name": lease.name,
         "kind": lease.kind,
-        "mode": lease.mode,
+        "mode": None if is_alias else lease.mode,
         "address": dotted(address),
         "gateway": dotted(gateway),
         "block": f"{dotted(block.first)}/30",
-        "shadow": shadow,
-        "guest_address": shadow if mapped else dotted(address),
-        "guest_gateway": dotted(shadow_of(gateway, settings.plane)) if mapped else dotted(gateway),
-        "guest_prefix": 30,
-        "device": lease.device,
+        "shadow": None if is_alias else shadow,
+        "guest_address": None if is_alias else shadow if mapped else dotted(address),
+        "guest_gateway": None if is_alias else shadow_gateway if mapped else dotted(gateway),
+        "guest_prefix": None if is_alias else 30,
+        "device": seen.device,
         "mac": lease.mac,
         "netns": lease.netns.path.removeprefix("/run/netns/") if lease.netns else None,
         "hostname": f"{lease.name}.{settings.domain}",
@@ -75,7 +75,8 @@ def print_guests(guests: Sequence[Seen], settings: Settings, *, created: bool = 
     rows = [("NAME", "ADDRESS", "KIND", "MODE", "STATE", "HOSTNAME")]
     rows += [
         (
-            one.lease.name, dotted(one.lease.block.first + 2), one.lease.kind, one.lease.mode, one.state,
+            one.lease.name, dotted(one.lease.block.first + 2), one.lease.kind,
+            "-" if one.lease.kind == "alias" else one.lease.mode, one.state,
             f"{one.lease.name}.{settings.domain}",
         )
         for one in guests

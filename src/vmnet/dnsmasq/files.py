@@ -45,7 +45,8 @@ def render_tables(leases: Iterable[Lease], domain: str, plane: Plane) -> dict[st
         shadow = dotted(shadow_of(address, plane))
         short = "" if lease.name == "localhost" else f" {lease.name}"  # RFC 6761: that is each guest itself
         names = f"{lease.name}.{domain}{short}\n"
-        mapped.append(f"{shadow} {names}")
+        if lease.kind != "alias":  # which is the host itself: mapped guests have no way there
+            mapped.append(f"{shadow} {names}")
         native.append(f"{dotted(address)} {names}")
         if lease.mode == "mapped" and lease.mac:
             option = f",set:mtu{lease.mtu}" if lease.mtu != USUAL_MTU else ""

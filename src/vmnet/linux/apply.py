@@ -46,15 +46,19 @@ from vmnet.linux.netlink import (
 from vmnet.linux.places import Places
 from vmnet.model import HostLacks, KernelRefused, NotPermitted, VmnetError
 from vmnet.ops import (
+    SCOPE_HOST,
     AddAddress,
+    AddAlias,
     AddAltName,
     AddBridge,
     AddClsact,
     AddNetns,
+    Address,
     AddRoute,
     AddTun,
     AddVeth,
     DelAddress,
+    DelAlias,
     DelFilter,
     DelLink,
     DelNeighbour,
@@ -85,6 +89,7 @@ _TUNSETIFF, _TUNSETPERSIST, _TUNSETOWNER, _TUNSETIFINDEX = 0x400454CA, 0x400454C
 _IFF_TUN, _IFF_TAP, _IFF_NO_PI, _IFF_MULTI_QUEUE = 0x1, 0x2, 0x1000, 0x100
 
 _NEW = NLM_F_CREATE | NLM_F_EXCL
+_LO = 1
 _ROUTE_FLAGS = {"add": _NEW, "append": NLM_F_CREATE | NLM_F_APPEND, "prepend": NLM_F_CREATE}
 # What says that the wanted state is already there.
 _SETTLED: dict[type, frozenset[int]] = {
@@ -93,6 +98,8 @@ _SETTLED: dict[type, frozenset[int]] = {
     AddAltName: frozenset({errno.EEXIST}),
     DelRoute: frozenset({errno.ESRCH, errno.ENODEV}),
     AddAddress: frozenset({errno.EEXIST}),
+    AddAlias: frozenset({errno.EEXIST}),
+    DelAlias: frozenset({errno.EADDRNOTAVAIL}),
     PutBackAddress: frozenset({errno.EEXIST}),
     DelAddress: frozenset({errno.EADDRNOTAVAIL, errno.ENODEV}),
     DelLink: frozenset({errno.ENODEV}),
@@ -312,6 +319,10 @@ class _Run:
                 self._refuse(number, op, failure.errno, _explain(op, failure.errno, str(failure)))
 
 
+def _add_alias(op: AddAlias) -> Message:
+    return Message(RTM_NEWADDR, _NEW, wire.address(_LO, Address(f"{op.address}/32", SCOPE_HOST)))
+
+
 def _add_route(op: AddRoute) -> Message:
     return Message(RTM_NEWROUTE, _ROUTE_FLAGS[op.verb], wire.route(op.route, op.ifindex))
 
@@ -332,6 +343,8 @@ def _set_neighbour(op: SetNeighbour) -> Message:
 _ENCODERS: dict[type, Callable[[Any], Message]] = {
     SetLink: lambda op: Message(RTM_SETLINK, 0, _link_changes(op)),
     SetConf: lambda op: Message(RTM_SETLINK, 0, wire.link_header(op.ifindex) + wire.conf_spec(op.values)),
+    AddAlias: _add_alias,
+    DelAlias: lambda op: Message(RTM_DELADDR, 0, wire.address(_LO, Address(op.value, op.scope))),
     AddBridge: lambda op: Message(RTM_NEWLINK, _NEW, wire.bridge(op.device)),
     AddAltName: lambda op: Message(RTM_NEWLINKPROP, _NEW | NLM_F_APPEND, wire.alternative_name(op.ifindex, op.name)),
     AddClsact: lambda op: Message(RTM_NEWQDISC, _NEW, wire.clsact(op.ifindex)),
@@ -346,7 +359,9 @@ _ENCODERS: dict[type, Callable[[Any], Message]] = {
     DelNeighbour: _del_neighbour,
     DelLink: lambda op: Message(RTM_DELLINK, 0, wire.link_header(op.ifindex)),
 }
-_HostOnly: TypeAlias = AddVeth | AddBridge | AddAltName | AddClsact | SetFilter | DelFilter | DelNeighbour
+_HostOnly: TypeAlias = (
+    AddAlias | DelAlias | AddVeth | AddBridge | AddAltName | AddClsact | SetFilter | DelFilter | DelNeighbour
+)
 
 
 def _link_changes(op: SetLink) -> bytes:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from vmnet.aliases import address_of
 from vmnet.linux import wire
 from vmnet.linux.netlink import (
     NETLINK_NETFILTER,
@@ -72,6 +73,7 @@ class Events:
         # Whose devices and namespaces are: guests' names by the index of their device, and by the kernel's number.
         self._names: dict[str, str] = {}
         self._macs: dict[bytes, str] = {}
+        self._aliases: dict[str, str] = {}
         self._devices: dict[int, str] = {}
         self._insides: dict[int, str] = {}
         self._heard = Heard()
@@ -142,6 +144,7 @@ class Events:
         self._macs = {
             wire.mac_bytes(lease.mac)[1:]: lease.name for lease in leases if lease.mac and lease.maker == "libvirt"
         }
+        self._aliases = {address_of(lease): lease.name for lease in leases if lease.kind == "alias"}
         self._devices.clear()
         self._insides.clear()
         for body in self._netlink.dump(RTM_GETLINK, wire.link_query()):
@@ -232,6 +235,8 @@ class Events:
         elif kind in _BY_INDEX:
             index = _INDEX.unpack_from(body)[0]
             self._index(index)
+            if kind in _ADDRESSES and index == _LO and (name := self._aliases.get(wire.parse_local(body))):
+                self._name(name)
             if kind == RTM_DELADDR and index != _LO and index not in self._devices:
                 self._lose(wire.parse_local(body))
         elif kind in _ROUTES:

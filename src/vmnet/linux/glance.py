@@ -52,7 +52,8 @@ def glance(places: Places, leases: Sequence[Lease], insides: Sequence[Lease]) ->
     host, guests = _begin(), _begin()
     libvirt = any(lease.maker == "libvirt" for lease in leases)
     ours = _add_links(places.host, {lease.device for lease in leases}, host, guests, libvirt=libvirt)
-    _add_tables(places.host, ours, host, guests)
+    # Aliases are addresses of lo.
+    _add_tables(places.host, {*ours, _LO} if any(lease.kind == "alias" for lease in leases) else ours, host, guests)
     with suppress(OSError):
         guests.update(repr(sorted(os.listdir(NAMED))).encode())
     return Glance(_finish_host(places, host), guests.digest(), _glance_insides(places, insides))
@@ -93,7 +94,7 @@ def _add_tables(netlink: Netlink, ours: Collection[int], host: _Digest, guests: 
         index = _INDEX.unpack_from(body)[0]
         if index == _LO:
             host.update(body)
-        elif index in ours:
+        if index in ours:
             guests.update(body)
     for body in netlink.dump(RTM_GETROUTE, wire.route_query(ROUTE_PROTOCOL)):
         guests.update(body)

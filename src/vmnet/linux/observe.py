@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from vmnet.aliases import address_of
 from vmnet.firewalls import Bridge, Chain
 from vmnet.linux import wire
 from vmnet.linux.netlink import (
@@ -134,6 +135,9 @@ def observe_guests(places: Places, leases: Sequence[Lease], *, for_removal: bool
     `for_removal` looks at what does not go by itself: the device, whose the namespace is, and inside of one that
     vmnet did not make.
     """
+    aliases = [lease for lease in leases if lease.kind == "alias"]
+    views = _aliases(places.host, aliases) if aliases else {}
+    leases = [lease for lease in leases if lease.kind != "alias"] if aliases else leases
     netlink = places.host
     by_name = _links_by_name(netlink, [lease.device for lease in leases])
     by_name |= _renamed(netlink, [lease for lease in leases if lease.device not in by_name])
@@ -141,7 +145,6 @@ def observe_guests(places: Places, leases: Sequence[Lease], *, for_removal: bool
     by_name |= offered
     links = [by_name[lease.device] for lease in leases if lease.device in by_name]
     tables = _Tables(netlink, links) if links and not for_removal else None
-    views = {}
     for lease in leases:
         link = by_name.get(lease.device)
         side = Side(link)
@@ -156,6 +159,15 @@ def observe_guests(places: Places, leases: Sequence[Lease], *, for_removal: bool
         view = GuestView(side, offered=lease.device in offered)
         views[lease.name] = _look_inside(view, places, lease, for_removal=for_removal)
     return views
+
+
+def _aliases(netlink: Netlink, leases: Sequence[Lease]) -> dict[str, GuestView]:
+    """Return how the addresses of aliases are on lo."""
+    there: dict[str, set[Address]] = defaultdict(set)
+    for body in netlink.dump(RTM_GETADDR, wire.address_query(_LO)):
+        one = wire.parse_address(body)[1]
+        there[one.value.partition("/")[0]].add(Address(one.value, one.scope))
+    return {lease.name: GuestView(alias=frozenset(there[address_of(lease)])) for lease in leases}
 
 
 def _look_inside(view: GuestView, places: Places, lease: Lease, *, for_removal: bool) -> GuestView:

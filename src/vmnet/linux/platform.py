@@ -23,6 +23,9 @@ _CAP_NET_ADMIN, _CAP_SYS_ADMIN = 12, 21
 class LinuxPlatform:
     """Linux by rtnetlink, nft and /proc; all of it in the network namespace of the caller."""
 
+    loopback = "lo"
+    carves = True
+
     def __init__(self) -> None:
         self._places = Places()
         self._chains = Chains()
