@@ -37,9 +37,10 @@ from tests.kernel.vm import LIMIT, Booted, Line, vm_files
 from tests.system.roots import cache, debian_root
 
 PACKAGES = (
-    "dbus", "dnsmasq-base", "iptables", "libpam-systemd", "libvirt-clients", "libvirt-daemon-system", "python3-libvirt",
+    "dbus", "dbus-user-session", "dnsmasq-base", "iptables", "libpam-systemd", "libvirt-clients",
+    "libvirt-daemon-system", "python3-libvirt", "virtinst",
 )  # fmt: skip
-"""libvirt and what it calls; dbus and libpam-systemd are what its dependencies leave open to choose."""
+"""libvirt and what it calls; dbus, its sessions and libpam-systemd are what dependencies leave open to choose."""
 
 _SETTINGS = {
     "qemu.conf": """\
@@ -63,7 +64,7 @@ root=$1 kept=$2
 mount -t overlay overlay -o "lowerdir=/usr:$root/usr" /usr
 mkdir /run/var /run/var-work
 mount -t overlay overlay -o lowerdir=/var,upperdir=/run/var,workdir=/run/var-work /var
-for folder in etc/libvirt var/lib/libvirt var/log/libvirt var/cache/libvirt; do
+for folder in etc/libvirt var/lib/libvirt var/log/libvirt var/cache/libvirt var/lib/usbutils; do
     rm -rf "/$folder"
     cp -a "$root/$folder" "/$folder"
 done

@@ -23,7 +23,7 @@ def session(page: str, number: int) -> list[tuple[str, list[str]]]:
     """Return the commands of a page's console session, each with the output that is shown."""
     block = re.findall(r"^```console\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)[number]
     steps: list[tuple[str, list[str]]] = []
-    for line in block.splitlines():
+    for line in block.replace("\\\n", "").splitlines():
         if line.startswith("$ "):
             steps.append((line[2:].partition("  #")[0].strip(), []))
         else:
@@ -46,19 +46,25 @@ def shell(laptop: Laptop) -> Laptop:
 
 @pytest.mark.parametrize(("page", "number"), SESSIONS)
 def test_a_session_of_the_manual_runs_as_it_stands(shell: Laptop, page: str, number: int) -> None:
-    path = {"PATH": f"{shell.folder}/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
     if number == 2:  # what it shows is a guest of the session before
         shell.vmnet("create", "web", "--netns", "web")
+    replay(shell, page, number)
+
+
+def replay(shell: Laptop, page: str, number: int, *, limit: float = 20) -> None:
+    """Run a console session of the manual, and compare what it shows; what asks others may take `limit` seconds."""
+    path = {"PATH": f"{shell.folder}/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
     for command, shown in session(page, number):
         if command.endswith("&"):
             shell.start("env", f"PATH={path['PATH']}", "sh", "-c", f"cd / && {command[:-1]}")
             continue
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + limit
         while True:
             done = shell.execute("sh", "-c", command, env=path)
             said = [line.rstrip() for line in done.out.splitlines()]
-            # A server that was started a moment ago may need another one.
-            if "curl" not in command or said == shown or time.monotonic() > deadline:
+            # A server or a VM that was started a moment ago may need another one.
+            done_well = said == shown if "curl" in command else done.code == 0 or not command.startswith("ping")
+            if done_well or time.monotonic() > deadline:
                 break
             time.sleep(0.1)
         assert done.code == 0, f"{command}: {done.out}{done.err}"
