@@ -338,6 +338,19 @@ class PersistTun(NamedTuple):
         return f":  # ip tuntap add has made {self.device} persistent already, of uid {self.owner}"
 
 
+class OwnTap(NamedTuple):
+    """Give a tap with several queues, which a program has open, to its owner: until then anybody may open one."""
+
+    device: str
+    owner: int
+
+    def __str__(self) -> str:
+        return f"~ tap {self.device} of uid {self.owner}"
+
+    def command(self) -> str:
+        return f":  # no command gives {self.device}, which is open, to uid {self.owner}"
+
+
 class DelLink(NamedTuple):
     """Delete a device, and with it all that hangs on it."""
 
@@ -590,7 +603,7 @@ class EndAnswers(NamedTuple):
 
 Op: TypeAlias = (
     AddRoute | DelRoute | AddAddress | DelAddress | PutBackAddress | AddAlias | DelAlias | SetNeighbour | DelNeighbour
-    | AddNetns | DelNetns | AddVeth | AddTun | AddBridge | AddAltName | PersistTun | DelLink | SetLink | SetConf
-    | SetSysctl | AddClsact | DelFilter | SetFilter | LoadRules | DelRules | ForgetFlows | PutRules | WriteNames
-    | WriteAnswers | RunAnswers | EndAnswers
+    | AddNetns | DelNetns | AddVeth | AddTun | AddBridge | AddAltName | PersistTun | OwnTap | DelLink | SetLink
+    | SetConf | SetSysctl | AddClsact | DelFilter | SetFilter | LoadRules | DelRules | ForgetFlows | PutRules
+    | WriteNames | WriteAnswers | RunAnswers | EndAnswers
 )  # fmt: skip

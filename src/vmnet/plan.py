@@ -39,6 +39,7 @@ from vmnet.ops import (
     LoAddress,
     LoadRules,
     Op,
+    OwnTap,
     Peer,
     PersistTun,
     PutBackAddress,
@@ -455,10 +456,18 @@ def _plan_host_side(desired: Guest, link: Link, observed: Side) -> list[Op]:
         SetNeighbour(HOST, name, index, address, mac)
         for address, mac in sorted(desired.host.neighbours - observed.neighbours)
     ]
-    mine = desired.maker == "vmnet" and desired.kind != "veth"
-    if mine and (not link.persist or link.owner != wanted.owner):
-        ops.append(PersistTun(name, desired.kind, desired.owner, desired.queues))
+    if desired.kind != "veth":
+        ops += _plan_owner(desired, link)
     return ops
+
+
+def _plan_owner(desired: Guest, link: Link) -> list[Op]:
+    if desired.maker == "libvirt":
+        # With one queue nobody else can open it, and while it is there libvirt has it open.
+        return [OwnTap(link.name, desired.owner)] if link.multi_queue and link.owner != desired.owner else []
+    if link.persist and link.owner == desired.owner:
+        return []
+    return [PersistTun(link.name, desired.kind, desired.owner, desired.queues)]
 
 
 def _gateways_last(route: Route) -> tuple[bool, str]:

@@ -1,6 +1,7 @@
 """Domains on the network `vmnet`: libvirt makes their taps, and hooks or the watcher give them to their guests."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -222,3 +223,21 @@ def test_the_bridge_that_somebody_puts_up_goes_down_again(laptop: Laptop, networ
     assert laptop.vmnet("plan", check=False).out.splitlines() == [f"~ device {LIBVIRT_BRIDGE}: down"]
     laptop.vmnet("watch", "--once")
     assert laptop.vmnet("plan").out == ""
+
+
+_OPEN = """
+import fcntl, os, struct
+tun = open("/dev/net/tun", "r+b", buffering=0)  # as anybody may where udev is
+os.setresuid(65534, 65534, 65534)
+fcntl.ioctl(tun, 0x400454CA, struct.pack("16sH22x", b"vmn-web", 0x5102))
+"""
+
+
+def test_nobody_opens_a_queue_of_a_tap_that_has_several(laptop: Laptop, internet: Machine, network: Libvirtd) -> None:
+    queues = on_network(MAC).replace("<model type='virtio'/>", "<model type='virtio'/><driver queues='2'/>")
+    web = Domain(network, "web", queues)
+    web.start()
+    assert "multi_queue" in laptop.run("ip", "-d", "link", "show", "vmn-web")
+    assert "Operation not permitted" in laptop.execute(sys.executable, "-c", _OPEN).err
+    assert_at_home(web)
+    assert states(laptop) == {"web": "up"}

@@ -45,6 +45,9 @@ def on_guest(view: GuestView, op: Op) -> GuestView:
             assert view.host.link
             assert op.key == f"net/ipv6/conf/{view.host.link.name}/disable_ipv6"
             return replace(view, host=replace(view.host, link=replace(view.host.link, disable_ipv6=True)))
+        case ops.OwnTap():
+            assert view.host.link
+            return replace(view, host=replace(view.host, link=replace(view.host.link, owner=op.owner)))
         case ops.AddClsact() | ops.AddAltName():
             return view
     place = getattr(op, "place", HOST)

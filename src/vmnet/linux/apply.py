@@ -69,6 +69,7 @@ from vmnet.ops import (
     ForgetFlows,
     LoadRules,
     Op,
+    OwnTap,
     PersistTun,
     PutBackAddress,
     PutRules,
@@ -116,8 +117,8 @@ _FEATURES: dict[type, tuple[str, str, str]] = {
 }
 _NONE: frozenset[int] = frozenset()
 _Direct: TypeAlias = (
-    AddNetns | DelNetns | AddTun | PersistTun | SetSysctl | LoadRules | DelRules | ForgetFlows | PutRules | WriteNames
-    | WriteAnswers | RunAnswers | EndAnswers
+    AddNetns | DelNetns | AddTun | PersistTun | OwnTap | SetSysctl | LoadRules | DelRules | ForgetFlows | PutRules
+    | WriteNames | WriteAnswers | RunAnswers | EndAnswers
 )  # fmt: skip
 
 
@@ -207,17 +208,8 @@ class _Run:
                 self._places.make(op.path, op.alias)
             case DelNetns():
                 self._places.delete(op.path)
-            case AddTun():
-                self._add_tun(op)
-            case PersistTun():
-                handle = self._tuns.pop(op.device, -1)
-                if handle < 0:
-                    handle = _open_tun(op)
-                try:
-                    fcntl.ioctl(handle, _TUNSETOWNER, op.owner)
-                    fcntl.ioctl(handle, _TUNSETPERSIST, 1)
-                finally:
-                    os.close(handle)
+            case AddTun() | PersistTun() | OwnTap():
+                self._open_tun(op)
             case SetSysctl():
                 _write_sysctl(op)
             case LoadRules():
@@ -231,6 +223,15 @@ class _Run:
                 iptables.put(op)
             case WriteNames() | WriteAnswers() | RunAnswers() | EndAnswers():
                 raise TypeError(f"{op} is not for the kernel")
+
+    def _open_tun(self, op: AddTun | PersistTun | OwnTap) -> None:
+        match op:
+            case AddTun():
+                self._add_tun(op)
+            case PersistTun():
+                self._persist_tun(op)
+            case OwnTap():
+                self._own_tap(op)
 
     def _add_tun(self, op: AddTun) -> None:
         """Make a tun or tap, gone with this process; raises KernelRefused where another program has it open, too.
@@ -246,6 +247,29 @@ class _Run:
             raise KernelRefused(
                 f"another program opened {op.device} before it was anybody's", hint="end that program, then try again"
             )
+
+    def _persist_tun(self, op: PersistTun) -> None:
+        handle = self._tuns.pop(op.device, -1)
+        if handle < 0:
+            handle = _open_tun(op)
+        try:
+            fcntl.ioctl(handle, _TUNSETOWNER, op.owner)
+            fcntl.ioctl(handle, _TUNSETPERSIST, 1)
+        finally:
+            os.close(handle)
+
+    def _own_tap(self, op: OwnTap) -> None:
+        """Open one more queue, for a moment and as all are: whoever opens one sets how frames look to all of them."""
+        body = self._places.host.get(Message(RTM_GETLINK, 0, wire.link_query(op.device)))
+        if body is None:
+            return  # it went with its VM
+        name, flags = op.device.encode(), wire.parse_tun_flags(body)
+        handle = os.open(_TUN_DEVICE, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.ioctl(handle, _TUNSETIFF, struct.pack("=16sH22x", name, _IFF_TAP | _IFF_MULTI_QUEUE | flags))
+            fcntl.ioctl(handle, _TUNSETOWNER, op.owner)
+        finally:
+            os.close(handle)
 
     def _send(self, place: str, batch: Sequence[tuple[int, Op]]) -> None:
         try:

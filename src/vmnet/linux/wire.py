@@ -29,7 +29,7 @@ _SKIP_STATISTICS = 8
 _IFLA_LINK_NETNSID = 37
 _IFLA_PROP_LIST, _IFLA_ALT_IFNAME = 52, 53
 _NETNSA_NSID, _NETNSA_FD = 1, 3  # include/uapi/linux/net_namespace.h
-_TUN_OWNER, _TUN_TYPE, _TUN_PERSIST, _TUN_MULTI_QUEUE = 1, 3, 6, 7
+_TUN_OWNER, _TUN_TYPE, _TUN_PI, _TUN_VNET_HDR, _TUN_PERSIST, _TUN_MULTI_QUEUE = 1, 3, 4, 5, 6, 7
 _TUN_NUM_QUEUES, _TUN_NUM_DISABLED_QUEUES = 8, 9  # only of those with several
 _NOBODY = 0xFFFFFFFF
 
@@ -125,6 +125,13 @@ def parse_queues(body: bytes) -> int:
     info = parse_attrs(parse_attrs(body, 16).get(IFLA_LINKINFO, b""))
     data = parse_attrs(info.get(_IFLA_INFO_DATA, b""))
     return sum(int.from_bytes(data.get(kind, b""), "little") for kind in (_TUN_NUM_QUEUES, _TUN_NUM_DISABLED_QUEUES))
+
+
+def parse_tun_flags(body: bytes) -> int:
+    """Return how frames of a tap, described by an RTM_NEWLINK, look to programs: IFF_NO_PI and IFF_VNET_HDR."""
+    info = parse_attrs(parse_attrs(body, 16).get(IFLA_LINKINFO, b""))
+    data = parse_attrs(info.get(_IFLA_INFO_DATA, b""))
+    return (0 if data.get(_TUN_PI) == b"\x01" else 0x1000) | (0x4000 if data.get(_TUN_VNET_HDR) == b"\x01" else 0)
 
 
 def parse_name(body: bytes) -> str:
