@@ -35,7 +35,7 @@ from vmnet.model import (
 from vmnet.names import Names
 from vmnet.ondisk import stamp
 from vmnet.ops import ForgetFlows, Op
-from vmnet.plan import GuestView, dotted, shadow_of
+from vmnet.plan import GuestView, dotted, plan_bridge, plan_bridge_removal, shadow_of
 from vmnet.platform import Platform, Report, Resolver
 from vmnet.settings import Paths, Settings
 from vmnet.specs import Asking, GuestSpec
@@ -504,6 +504,13 @@ class Engine:
         """Record that a guest, whose tap vmnet makes, belongs to a domain of libvirt's, or to none."""
         with self._writing(dry_run=False) as store:
             store.set_domain(name, key, "vmnet")
+
+    def keep_bridge(self, *, wanted: bool) -> None:
+        """Have the bridge of libvirt's network there, or no more where no guest's tap comes from it."""
+        with self._reading() as store:
+            wanted = wanted or store.has_libvirts()
+        link = self.platform.observe_host().libvirt
+        apply_all(self.platform, self.report, plan_bridge(link, wanted=True) if wanted else plan_bridge_removal(link))
 
     def unclaim(self, name: str, uuid: str) -> None:
         """Take the device of a guest away whose domain has ended, unless others use it, and keep the record."""

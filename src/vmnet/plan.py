@@ -676,18 +676,23 @@ def plan_host(wish: HostWish, observed: HostView) -> list[Op]:
     ops += plan_chains(observed.chains, observed.bridges, wish.plane.dns_port)
     if observed.ip_forward != 1:
         ops.append(SetSysctl("net/ipv4/ip_forward", 1))
-    return ops + _plan_bridge(observed.libvirt, wanted=wish.libvirt) + plan_carved_lo(HOST, observed.lo)
+    return ops + plan_bridge(observed.libvirt, wanted=wish.libvirt) + plan_carved_lo(HOST, observed.lo)
 
 
-def _plan_bridge(link: Link | None, *, wanted: bool) -> list[Op]:
-    """Return the ops for the bridge of libvirt's network: it is always down, so that nothing goes from port to port."""
+def plan_bridge(link: Link | None, *, wanted: bool) -> list[Op]:
+    """Return the ops that make the bridge of libvirt's network where it is wanted, and always have it down.
+
+    Down it passes nothing from port to port. It stays where nobody's tap is on it: libvirt takes a network whose bridge
+    is not there when libvirtd starts for one that is not active.
+    """
     if link is None:
         return [AddBridge(LIBVIRT_BRIDGE)] if wanted else []
-    if link.kind != "bridge":
-        return []  # somebody else's: libvirt will say so
-    if not wanted:
-        return [DelLink(HOST, link.name, link.index)]
-    return [SetLink(HOST, link.name, link.index, up=False)] if link.up else []
+    return [SetLink(HOST, link.name, link.index, up=False)] if link.kind == "bridge" and link.up else []
+
+
+def plan_bridge_removal(link: Link | None) -> list[Op]:
+    """Return the ops after which there is no bridge; a device of its name that is none is somebody else's."""
+    return [DelLink(HOST, link.name, link.index)] if link and link.kind == "bridge" else []
 
 
 def _plan_source(place: str, lo: Sequence[LoAddress]) -> list[Op]:
@@ -777,7 +782,7 @@ def plan_host_removal(
     ops = plan_chains_removal(observed.chains)
     if observed.listing is not None:
         ops.append(DelRules())
-    ops += _plan_bridge(observed.libvirt, wanted=False)
+    ops += plan_bridge_removal(observed.libvirt)
     if found or observed.routes:
         ops += plan_restored_lo(HOST, observed.lo, found.lo if found else None)
     ops += [DelRoute(HOST, route, _index(route)) for route in sorted(observed.routes, key=_fence_first)]

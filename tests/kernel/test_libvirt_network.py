@@ -210,9 +210,26 @@ def test_restore_takes_the_bridge_and_the_next_start_makes_it_anew(
     assert not Path(laptop.path(f"/sys/class/net/{LIBVIRT_BRIDGE}")).exists()
     web.start()
     assert_at_home(web)
-    network.virsh("destroy", "web")
-    laptop.vmnet("delete", "web")
+
+
+def test_the_bridge_is_there_while_the_network_is_active(laptop: Laptop, network: Libvirtd) -> None:
+    def is_active() -> bool:
+        return network.virsh("net-list", "--name").out.split() == ["vmnet"]
+
+    assert LIBVIRT_BRIDGE in laptop.links()
     laptop.vmnet("up")
+    network.stop()
+    network.start()
+    assert is_active()
+    network.virsh("net-destroy", "vmnet")
+    assert LIBVIRT_BRIDGE not in laptop.links()
+    network.virsh("net-start", "vmnet")
+    Domain(network, "web", on_network(MAC))
+    network.virsh("start", "--paused", "web")
+    network.virsh("net-destroy", "vmnet")
+    assert LIBVIRT_BRIDGE in laptop.links()  # its guest's tap may come back to it
+    laptop.vmnet("delete", "web")
+    laptop.vmnet("restore")
     assert LIBVIRT_BRIDGE not in laptop.links()
 
 

@@ -109,8 +109,7 @@ def parse_port(xml: bytes) -> Port | None:
     if root.tag != "hookData" or owner is None:
         raise UsageError("this is no port of a libvirt network", hint="the XML begins with <hookData>")
     mac = _mac(root.find("networkport"))
-    bridge = root.find("network/bridge")
-    if mac is None or bridge is None or bridge.get("name") != LIBVIRT_BRIDGE:
+    if mac is None or not _is_ours(root):
         return None
     return Port(
         (root.findtext("network/name") or "").strip(),
@@ -118,6 +117,19 @@ def parse_port(xml: bytes) -> Port | None:
         _uuid(owner.findtext("uuid")),
         mac,
     )
+
+
+def is_our_network(xml: bytes) -> bool:
+    """Say whether a network's hook is about vmnet's; raises UsageError for what is not about a network."""
+    root = parse_root(xml)
+    if root.tag != "hookData" or root.find("network") is None:
+        raise UsageError("this is no libvirt network", hint="the XML begins with <hookData>")
+    return _is_ours(root)
+
+
+def _is_ours(root: Element) -> bool:
+    bridge = root.find("network/bridge")
+    return bridge is not None and bridge.get("name") == LIBVIRT_BRIDGE
 
 
 def _interfaces(root: Element) -> Iterator[Interface]:

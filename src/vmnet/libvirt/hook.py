@@ -13,7 +13,7 @@ from functools import partial
 from typing import TypeAlias
 
 from vmnet.engine import Engine
-from vmnet.libvirt.domain import LARGEST, Domain, Interface, Port, label, parse_domain, parse_port
+from vmnet.libvirt.domain import LARGEST, Domain, Interface, Port, is_our_network, label, parse_domain, parse_port
 from vmnet.linux.platform import LinuxPlatform
 from vmnet.model import Conflict, NoSuchGuest, UsageError, VmnetError
 from vmnet.platform import Listener
@@ -140,6 +140,16 @@ def unplug(engine: Engine, port: Port) -> None:
         engine.unclaim(lease.name, port.uuid)
 
 
+def begin(engine: Engine) -> None:
+    """Have the bridge there as long as the network is active."""
+    engine.keep_bridge(wanted=True)
+
+
+def end(engine: Engine) -> None:
+    """Take the bridge away with the network."""
+    engine.keep_bridge(wanted=False)
+
+
 _Call: TypeAlias = Callable[[Engine], None]
 
 
@@ -153,11 +163,17 @@ def _for_port(act: Callable[[Engine, Port], None], xml: bytes) -> _Call | None:
     return (lambda engine: act(engine, port)) if port else None
 
 
+def _for_network(act: _Call, xml: bytes) -> _Call | None:
+    return act if is_our_network(xml) else None
+
+
 _ACTS: dict[tuple[str, str], Callable[[bytes], _Call | None]] = {
     ("qemu", "prepare"): partial(_for_domain, prepare),
     ("qemu", "start"): partial(_for_domain, repair),
     ("qemu", "reconnect"): partial(_for_domain, repair),
     ("qemu", "release"): partial(_for_domain, release),
+    ("network", "start"): partial(_for_network, begin),
+    ("network", "stopped"): partial(_for_network, end),
     ("network", "port-created"): partial(_for_port, plug),
     ("network", "port-deleted"): partial(_for_port, unplug),
 }
