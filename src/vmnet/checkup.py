@@ -59,6 +59,8 @@ def look(open_engine: OpenEngine) -> Sight:
     with open_engine(listener) as engine:
         sight, leases, addresses = _look_at_records(engine, listener)
         settings = engine.settings
+        if not engine.platform.carves:
+            return replace(sight, **_look_at_aliases(engine, leases, paths))
     sight = replace(sight, **_look_at_sysctls(), **_look_at_service(paths))
     if leases:
         names = _guests(_sample(leases), settings)
@@ -136,6 +138,24 @@ def _look_at_service(paths: Paths) -> dict[str, Any]:
     }
 
 
+def _look_at_aliases(engine: Engine, leases: Sequence[Lease], paths: Paths) -> dict[str, Any]:
+    """Return what there is to see where guests are aliases: of lo0, of the system, and of names."""
+    guests = _guests(_sample(leases), engine.settings) if leases else []
+    found: dict[str, Any] = {
+        "aliases": len(leases),
+        "guests": guests,
+        "found": _ask_library(guests),
+        **_look_at_hosts_file(guests, paths.hosts),
+    }
+    try:
+        ours = {dotted(lease.block.first + 2) for lease in engine.recorded() or ()}
+        loopback = engine.platform.look_at_loopback()
+    except VmnetError as error:
+        return {**found, "trouble": (error.message, error.hint)}
+    others = [one for one in loopback.addresses if one.partition("/")[0] not in ours]
+    return {**found, "wide": [one for one in others if not one.endswith("/32")], "version": loopback.version}
+
+
 def _look_at_processes(paths: Paths) -> dict[str, Any]:
     folder = paths.answers
     servers: dict[str, int | None] = {}
@@ -158,13 +178,12 @@ def _look_at_processes(paths: Paths) -> dict[str, Any]:
 def _look_at_names(
     guests: Sequence[Guest], paths: Paths, settings: Settings, addresses: frozenset[str]
 ) -> dict[str, Any]:
-    end = time.monotonic() + _PATIENCE
-    library = {one.name: _start_asking_library(one.name) for one in guests}
     ports = {"mapped": settings.plane.dns_port, "native": settings.plane.dns_port + 1}
     asked = questions(guests, settings.domain)
     resolver = _resolver(addresses)
     others = [one.name for one in guests] if resolver.here else []
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    with ThreadPoolExecutor(_AT_ONCE + 1) as pool:
+        library = pool.submit(_ask_library, guests)
         ours = [
             pool.submit(ask, "127.0.0.1", ports[one.server], one.name, one.kind, tcp=one.tcp) for one in asked
         ]  # fmt: skip
@@ -174,7 +193,7 @@ def _look_at_names(
     return {
         "answers": answers,
         "resolver": replace(resolver, replies=replies),
-        "found": {name: _told_by_library(child, end) for name, child in library.items()},
+        "found": library.result(),
         **_look_at_hosts_file(guests, paths.hosts),
     }
 
@@ -183,6 +202,12 @@ def _start_asking_library(name: str) -> "subprocess.Popen[str]":
     pipe = subprocess.PIPE
     argv = [sys.executable, "-I", "-S", "-c", _ASK_LIBRARY, name]
     return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
+
+
+def _ask_library(guests: Sequence[Guest]) -> dict[str, Reply]:
+    end = time.monotonic() + _PATIENCE
+    children = {one.name: _start_asking_library(one.name) for one in guests}
+    return {name: _told_by_library(child, end) for name, child in children.items()}
 
 
 def _told_by_library(child: "subprocess.Popen[str]", end: float) -> Reply:

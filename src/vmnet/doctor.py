@@ -84,7 +84,8 @@ class Sight:
     `hosts` is the file that names are kept in, and `hosts_read` says whether programs read it; `listed` are the names
     that it has rightly. `servers` are the pids of vmnet's dnsmasq, `parts` the states of the files of those parts of
     hooks whose programs are here. `open_devices` have route_localnet. `forwards`: this host forwards, and for nobody
-    who is known.
+    who is known. Where guests are aliases, `aliases` is how many there are to be, `wide` are those of others that are
+    not alone in their subnets, and `version` is that of macOS.
     """
 
     privileged: bool = True
@@ -110,6 +111,9 @@ class Sight:
     parts: Mapping[str, frozenset[str]] = field(default_factory=dict)
     open_devices: Sequence[str] = ()
     forwards: bool = False
+    aliases: int | None = None
+    wide: Sequence[str] = ()
+    version: str = ""
 
 
 def questions(guests: Iterable[Guest], domain: str) -> list[Asked]:
@@ -176,6 +180,22 @@ def _forwarding(sight: Sight) -> Iterator[Finding]:
         )
 
 
+# Where guests are aliases
+
+
+def _mac(sight: Sight) -> Iterator[Finding]:
+    release = tuple(int(part) for part in sight.version.split(".")[:2] if part.isdecimal())
+    counts_all = (10, 15) <= release < (14, 1)
+    of = f"macOS {sight.version}" if sight.version else "this system"
+    if sight.wide:
+        what = "other programs' aliases are each one more interface for mDNSResponder to announce all services on"
+        yield Finding("note", what, f"{_some(sight.wide)}; {of}", "have them added by whoever adds them as /32")
+    if sight.aliases and counts_all:
+        what = "each alias is one more interface for mDNSResponder to announce all services on, though it is a /32"
+        evidence = f"macOS 10.15 to 14.0 do not look at the mask: {of}, {sight.aliases} aliases"
+        yield Finding("note", what, evidence, "keep them few, or update to macOS 14.1 or later")
+
+
 # Names
 
 
@@ -193,6 +213,8 @@ def _library(sight: Sight) -> Iterator[Finding]:
         fix = _PUT_RIGHT
     elif any(len(sight.found.get(one.name, Reply()).values) for one in wrong):
         fix = f"take other addresses for {wrong[0].name} out of {sight.hosts}"
+    elif sight.aliases is not None:
+        fix = "dscacheutil -flushcache; killall -HUP mDNSResponder"
     else:
         fix = "have `files` in the line `hosts:` of /etc/nsswitch.conf"
     yield Finding("error", "programs do not find guests by name", evidence, fix)
@@ -294,5 +316,6 @@ CHECKS: tuple[Callable[[Sight], Iterator[Finding]], ...] = (
     _by_wire,
     _route_localnet,
     _forwarding,
+    _mac,
     _service,
 )

@@ -40,6 +40,7 @@ from vmnet.platform import Platform, Report, Resolver
 from vmnet.settings import Paths, Settings
 from vmnet.specs import Asking, GuestSpec
 from vmnet.store import DomainKey, DomainRecord, RecordsUnreadable, Store
+from vmnet.uncarved import Uncarved
 
 # Each time somebody else got further: this many in a row are no coincidence.
 _RUNS = 64
@@ -86,7 +87,7 @@ class Engine:
     _here: NetnsId = field(init=False)
     _locks: Locks = field(init=False)
     _asking: Asking = field(init=False)
-    _host: HostPart = field(init=False)
+    _host: HostPart | Uncarved = field(init=False)
     _guests: Guests = field(init=False)
     _names: Names = field(init=False)
 
@@ -94,11 +95,15 @@ class Engine:
         self._here = self.platform.here()
         self._locks = Locks(self.paths.run)
         self._asking = Asking(self.platform, self.settings, self._here, self.caller)
-        self._host = HostPart(
-            self.platform, self.settings, self.paths, self.report, self._here, self._locks, self.holds_back
+        self._host = (
+            HostPart(self.platform, self.settings, self.paths, self.report, self._here, self._locks, self.holds_back)
+            if self.platform.carves
+            else Uncarved(self._here, self._locks)
         )
         self._guests = Guests(self.platform, self.settings, self.report, self.holds_back)
-        self._names = Names(self.settings, self.paths, self.report, self._locks, self.holds_back)
+        self._names = Names(
+            self.settings, self.paths, self.report, self._locks, self.holds_back, answering=self.platform.carves
+        )
 
     # Looking
 
@@ -131,6 +136,8 @@ class Engine:
         Returns their leases in the order asked for and, for a dry run, the ops. Raises Conflict where a guest is
         there with another value of an option that is given.
         """
+        for spec in specs:
+            self._asking.refuse_what_is_lacking(spec)
         self.platform.need_rights()
         names = [check_name(spec.name) for spec in specs]
         for name, times in Counter(names).items():
@@ -148,7 +155,8 @@ class Engine:
         self, store: Store, specs: Sequence[GuestSpec], names: Sequence[str]
     ) -> tuple[list[Lease], list[Op]]:
         new, _ = self._sort(store, specs, dry_run=True)
-        preview = store.preview([self._asking.request(spec) for spec in new], pool=self.settings.pool, created=_now())
+        requests = [self._asking.request(spec) for spec in new]
+        preview = store.preview(requests, pool=self.settings.pool, created=_now(), aliases=self._most_aliases)
         old = [lease for lease in store.leases() if lease.name in set(names)]
         problems: dict[str, VmnetError] = {}
         ops = self._host.plan_up(store) + self._guests.plan_up([*old, *preview], problems)
@@ -163,7 +171,7 @@ class Engine:
         if load_found(self.paths.run, self._here) is None:
             # What cannot be recorded is refused before the host is carved.
             with _unless_overtaken(store, new):
-                store.preview(requests, pool=self.settings.pool, created=now)
+                store.preview(requests, pool=self.settings.pool, created=now, aliases=self._most_aliases)
         for name, netns in rebound.items():
             store.set_netns({name: netns})
         carved = self._host.ensure(store)
@@ -172,7 +180,7 @@ class Engine:
                 if not self._host.is_wished_up(store):
                     raise _Overtaken
                 with _unless_overtaken(store, new):
-                    store.allocate(requests, pool=self.settings.pool, created=now)
+                    store.allocate(requests, pool=self.settings.pool, created=now, aliases=self._most_aliases)
                 try:
                     self._create_or_undo(store, names, [spec.name for spec in new])
                 finally:
@@ -184,6 +192,11 @@ class Engine:
                         self._host.undo(store)
             raise
         return store.leases(names)
+
+    @property
+    def _most_aliases(self) -> int | None:
+        """How many aliases there may be; None where any number does."""
+        return None if self.platform.carves else self.settings.alias_budget
 
     def create_and_look(self, specs: Sequence[GuestSpec]) -> list[Seen]:
         """Make guests as `create` does and say how they are: those to be up were seen to be, or it raises."""
@@ -357,7 +370,7 @@ class Engine:
         """Have the kernel forget guests' connections over addresses that the host had until now."""
         ours = ("127.", f"{self.settings.plane.shadow}.")
         others = sorted(address for address in lost if not address.startswith(ours))
-        if others and self.recorded():
+        if self.platform.carves and others and self.recorded():
             apply_all(self.platform, self.report, [ForgetFlows(self.settings.plane.shadow, tuple(others))])
 
     def recorded(self) -> list[Lease] | None:
@@ -425,7 +438,8 @@ class Engine:
         lease = self.lease(name)
         if lease.netns is None:
             raise Conflict(
-                f"{name} is a {lease.kind}: it is in no network namespace of this host",
+                f"{name} is {'an' if lease.kind == 'alias' else 'a'} {lease.kind}: "
+                "it is in no network namespace of this host",
                 hint="exec is for veth guests; reach this one by its address",
             )
         if lease.netns.identity is None or self._asking.identify(lease.netns.path) != lease.netns.identity:
@@ -565,8 +579,10 @@ class Engine:
     # The host part
 
     def carve(self, *, dry_run: bool = False) -> list[Op]:
-        """Carve and fence the host; returns the ops of a dry run."""
+        """Carve and fence the host, where there is anything to carve; returns the ops of a dry run."""
         self.platform.need_rights()
+        if not self.platform.carves:
+            return []
         with self._writing(dry_run) as store:
             if dry_run:
                 return self._host.plan_up(store)

@@ -17,17 +17,22 @@ from vmnet.store import Store
 
 @dataclass
 class Names:
-    """The block of names, and DHCP and DNS; where one of them cannot be had, that is said, and guests work without."""
+    """The block of names, and DHCP and DNS; where one of them cannot be had, that is said, and guests work without.
+
+    Only with `answering` are there guests that ask.
+    """
 
     settings: Settings
     paths: Paths
     report: Report
     locks: Locks
     holds_back: Callable[[Op], bool]
-    _answers: Answers = field(init=False)
+    answering: bool = True
+    _answers: Answers | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self._answers = Answers(self.settings, self.paths, self.report, self.locks, self.holds_back)
+        if self.answering:
+            self._answers = Answers(self.settings, self.paths, self.report, self.locks, self.holds_back)
 
     def _of(self, guests: Iterable[tuple[str, Block]]) -> tuple[tuple[str, str], ...]:
         return tuple((f"{name}.{self.settings.domain}", dotted(block.first + 2)) for name, block in guests)
@@ -40,11 +45,12 @@ class Names:
     def plan(self, leases: Iterable[Lease]) -> list[Op]:
         """Return the ops that make names those of the leases that are to be up."""
         wanted = [lease for lease in leases if lease.wish == "up"]
-        return self._plan_block([(lease.name, lease.block) for lease in wanted]) + self._answers.plan(wanted)
+        ops = self._plan_block([(lease.name, lease.block) for lease in wanted])
+        return ops + (self._answers.plan(wanted) if self._answers else [])
 
     def plan_clear(self) -> list[Op]:
         """Return the ops after which there are no names."""
-        return self._plan_block([]) + self._answers.plan_clear()
+        return self._plan_block([]) + (self._answers.plan_clear() if self._answers else [])
 
     def _plan_block(self, guests: Iterable[tuple[str, Block]]) -> list[Op]:
         op = self._op(guests)
@@ -57,7 +63,8 @@ class Names:
     def write(self, store: Store) -> None:
         """Make names those of all guests that are to be up."""
         self._keep(self._op(store.wished_up()), lambda: self._of(store.wished_up()))
-        self._answers.write(lambda: [lease for lease in store.leases() if lease.wish == "up"])
+        if self._answers:
+            self._answers.write(lambda: [lease for lease in store.leases() if lease.wish == "up"])
 
     def _keep(self, op: WriteNames | None, ask: Callable[[], Iterable[tuple[str, str]]]) -> None:
         """Keep the names in the hosts file; where that cannot be, say so: a guest works without."""
@@ -74,16 +81,18 @@ class Names:
     def clear(self) -> None:
         """Take names away, and what answers."""
         self._keep(self._op([]), list)
-        self._answers.clear()
+        if self._answers:
+            self._answers.clear()
 
     def forget(self) -> None:
         """Forget what was given to whom."""
-        self._answers.forget()
+        if self._answers:
+            self._answers.forget()
 
     def answerer(self) -> int | None:
         """Return a pidfd of the process that keeps what answers guests, None without one."""
-        return self._answers.keeper()
+        return self._answers.keeper() if self._answers else None
 
     def stamp(self) -> tuple[int, ...]:
         """Return what differs when what answers guests does."""
-        return self._answers.stamp()
+        return self._answers.stamp() if self._answers else ()

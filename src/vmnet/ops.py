@@ -303,7 +303,7 @@ class DelAlias(NamedTuple):
     def command(self) -> str:
         if self.device == "lo":
             return f"ip addr del {self.value} dev lo"
-        return f"ifconfig {self.device} -alias {self.value.partition('/')[0]}"
+        return f"ifconfig {self.device} -alias {self.value.partition('/')[0]} netmask 255.255.255.255"
 
 
 class AddTun(NamedTuple):

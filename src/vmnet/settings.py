@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,15 @@ from vmnet.ipam import Pool
 from vmnet.model import USUAL_MTU, NotPermitted, UsageError
 from vmnet.plan import Plane
 
+_FOLDERS = {"darwin": ("/var/db/vmnet", "/var/run/vmnet")}  # hier(7)
 _DOMAIN = re.compile(r"(?=.{1,180}$)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
+
+
+def backend(environment: Mapping[str, str] | None = None) -> str:
+    """Return which system vmnet acts on: VMNET_PLATFORM, else this one. To vmnet FreeBSD is as macOS, `darwin`."""
+    variables = os.environ if environment is None else environment
+    name = variables.get("VMNET_PLATFORM") or sys.platform
+    return "darwin" if name.startswith("freebsd") else name
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +42,10 @@ class Paths:
         """Return the paths that the VMNET_* variables name, or their defaults."""
         variables = os.environ if environment is None else environment
         hosts = variables.get("VMNET_HOSTS_FILE", "/etc/hosts")
+        state, run = _FOLDERS.get(backend(variables), ("/var/lib/vmnet", "/run/vmnet"))
         return cls(
-            state=Path(variables.get("VMNET_STATE_DIR") or "/var/lib/vmnet"),
-            run=Path(variables.get("VMNET_RUN_DIR") or "/run/vmnet"),
+            state=Path(variables.get("VMNET_STATE_DIR") or state),
+            run=Path(variables.get("VMNET_RUN_DIR") or run),
             config=Path(variables.get("VMNET_CONFIG") or "/etc/vmnet/config.toml"),
             hosts=Path(hosts) if hosts else None,
         )
@@ -47,6 +57,7 @@ class Settings:
 
     domain: str = "vmnet.internal"
     mtu: int = USUAL_MTU
+    alias_budget: int = 254
     guard_forwarding: bool = True
     libvirt_grace: float = 7
     pool: Pool = field(default_factory=Pool)
@@ -138,6 +149,7 @@ def _is_texts(value: object) -> bool:
 
 # What each setting may be, and how that is told to a person.
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "alias_budget": (_between(1, 10_000), "a number from 1 to 10000"),
     "dns_port": (_between(1024, 65534), "a port from 1024 to 65534, the next one free too"),
     "domain": (_is_domain, "a domain such as vmnet.internal"),
     "group_mapped": (_is_group, "a link group, 1 to 4294967295"),

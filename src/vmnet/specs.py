@@ -43,6 +43,25 @@ class Asking:
     here: NetnsId
     caller: int
 
+    def refuse_what_is_lacking(self, spec: GuestSpec) -> None:
+        """Raise UsageError for what only guests with a network of their own have, on a system that has none."""
+        if self.platform.carves:
+            return
+        given = {
+            "--netns": spec.netns,
+            f"--kind {spec.kind}": spec.kind != "alias" and spec.kind,
+            f"--{spec.mode}": spec.mode,
+            "--mac": spec.mac,
+            "--mtu": spec.mtu,
+            "--queues": spec.queues,
+        }
+        for option, value in given.items():
+            if value:
+                raise UsageError(
+                    f"{option} is for guests with a network of their own, which only Linux has",
+                    hint="leave it out: here a guest is an alias, an address of this host itself with a name",
+                )
+
     def compare(self, spec: GuestSpec, lease: Lease) -> Netns | None:
         """Raise Conflict where `spec` asks for something else than the lease has; return a namespace made anew."""
         if spec.new:
@@ -80,7 +99,8 @@ class Asking:
 
     def request(self, spec: GuestSpec) -> LeaseRequest:
         """Return the request for a lease; raises UsageError or Conflict where the spec makes no guest."""
-        kind: Kind = spec.kind or ("tap" if spec.netns is None else "veth")
+        usual: Kind = "tap" if self.platform.carves else "alias"
+        kind: Kind = spec.kind or (usual if spec.netns is None else "veth")
         mode: Mode = spec.mode or _DEFAULT_MODES[kind]
         if spec.netns is not None and kind != "veth":
             raise UsageError(f"a {kind} is in no network namespace", hint="leave --netns out, or --kind veth")

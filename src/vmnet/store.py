@@ -226,7 +226,9 @@ class Store:
         with self._reading() as db:
             return _number(db.execute("SELECT count(*) FROM lease"))
 
-    def allocate(self, requests: Sequence[LeaseRequest], *, pool: Pool, created: str) -> list[Lease]:
+    def allocate(
+        self, requests: Sequence[LeaseRequest], *, pool: Pool, created: str, aliases: int | None = None
+    ) -> list[Lease]:
         """Give a block to each of `requests` and return the leases in the same order: all of them, or none.
 
         Asked-for addresses come first, then blocks that a name had before, then never-used blocks from the lowest,
@@ -234,15 +236,18 @@ class Store:
         leases outside it stay. `created` is kept as it is.
 
         Raises `Conflict` for a name that has a lease and for an address that is held or reserved, `UsageError` for
-        an address that cannot be a guest's, `PoolExhausted` when too few blocks are free.
+        an address that cannot be a guest's, `PoolExhausted` when too few blocks are free, or when there would be more
+        than so many `aliases`, of guests that are down included.
         """
         with self._writing() as db:
-            return _allocate(db, requests, pool, created)
+            return _allocate(db, requests, pool, created, aliases)
 
-    def preview(self, requests: Sequence[LeaseRequest], *, pool: Pool, created: str) -> list[Lease]:
+    def preview(
+        self, requests: Sequence[LeaseRequest], *, pool: Pool, created: str, aliases: int | None = None
+    ) -> list[Lease]:
         """Return and raise what `allocate` would, and write nothing; works on a copy in memory of all records."""
         with self._reading() as db, closing(_copy_to_memory(db)) as copy:
-            return _allocate(copy, requests, pool, created)
+            return _allocate(copy, requests, pool, created, aliases)
 
     def set_wish(self, names: Sequence[str], wish: Wish, *, gone_ok: bool = False) -> None:
         """Record `wish` for all of `names`; a name without a lease raises `NoSuchGuest`, or is passed over."""
@@ -413,7 +418,11 @@ def _domains(db: sqlite3.Connection, which: str, *values: object) -> Iterator[Do
         yield DomainRecord(name, uuid, mac, domain, bool(made), gone)
 
 
-def _allocate(db: sqlite3.Connection, requests: Sequence[LeaseRequest], pool: Pool, created: str) -> list[Lease]:
+def _allocate(
+    db: sqlite3.Connection, requests: Sequence[LeaseRequest], pool: Pool, created: str, aliases: int | None
+) -> list[Lease]:
+    if aliases is not None:
+        _need_room(db, sum(request.kind == "alias" for request in requests), aliases)
     _adopt_pool(db, pool)
     blocks: dict[str, int] = {}
     for request in requests:
@@ -433,6 +442,18 @@ def _allocate(db: sqlite3.Connection, requests: Sequence[LeaseRequest], pool: Po
                 raise
             raise Conflict(f"{lease.name} exists already", hint=f"vmnet show {lease.name}") from None
     return leases
+
+
+def _need_room(db: sqlite3.Connection, wanted: int, aliases: int) -> None:
+    """Raise PoolExhausted where `wanted` more would be more than so many aliases."""
+    there = _number(db.execute("SELECT count(*) FROM lease WHERE kind = 'alias'"))
+    if wanted and there + wanted > aliases:
+        raise PoolExhausted(
+            f"{there} aliases are there and {wanted} are asked for: more than the {aliases} that alias_budget allows",
+            hint="vmnet delete gives one back; or set a larger alias_budget in the file of settings: before macOS 14.1"
+            " each alias is one more interface for mDNSResponder to announce all services on, and all programs that"
+            " walk the addresses get slower",
+        )
 
 
 def _take_address(db: sqlite3.Connection, address: IPAddress, pool: Pool) -> int:

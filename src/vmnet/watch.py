@@ -374,6 +374,7 @@ class Watcher:
             self._newer = code, self._now.steady
         elif self._now.steady - self._newer[1] >= _HALF_COPIED:
             self.service.log("starting anew", reason="vmnet has changed on disk")
+            self._hearing.close()
             if self.domains:
                 self.domains.close()
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

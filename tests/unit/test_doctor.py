@@ -90,6 +90,15 @@ CASES: dict[str, tuple[dict[str, object], str, str, str]] = {
     "no watcher": ({"watcher": False}, "note", "what others undo", "vmnet hooks install"),
     "a fight": ({"left_alone": ["+ route"]}, "warning", "leaves something alone", "who undoes it"),
     "outdated": ({"parts": {"udev": frozenset({"outdated"})}}, "warning", "of hooks", "vmnet hooks install udev"),
+    "others' aliases": (
+        {"wide": ["10.0.0.1/8"], "version": "15.1", "aliases": 0}, "note", "other programs' aliases", "as /32",
+    ),
+    "aliases that count": (
+        {"version": "14.0", "aliases": 1}, "note", "one more interface", "update to macOS 14.1",
+    ),
+    "a hosts file that macOS has not read": (
+        {"aliases": 1, "found": {WEB.name: GONE}}, "error", "do not find guests by name", "dscacheutil -flushcache",
+    ),
     "not fitted": ({"parts": {"firewalld": MISSING}}, "note", "not fitted", "vmnet hooks install firewalld"),
 }  # fmt: skip
 

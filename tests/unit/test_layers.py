@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "hostsfile": {"model"},
     "found": {"model", "ops", "plan"},
     "locks": {"model"},
-    "darwin": {"darwin", "model"},
+    "darwin": {"aliases", "darwin", "model", "ondisk", "ops", "plan", "platform"},
     "linux": {
         "aliases", "filters", "flows", "firewalls", "linux", "model", "ondisk", "ops", "plan", "platform", "hostsfile",
     },
@@ -38,9 +38,10 @@ ALLOWED: dict[str, set[str]] = {
     "hostpart": {
         "found", "guests", "ipam", "locks", "model", "ops", "plan", "platform", "rules", "settings", "store",
     },
+    "uncarved": {"locks", "model", "ops", "store"},
     "engine": {
         "absence", "found", "guests", "hostpart", "locks", "model", "names", "ondisk", "ops", "plan", "platform",
-        "settings", "specs", "store",
+        "settings", "specs", "store", "uncarved",
     },
     "cloudinit": {"model", "plan", "settings"},
     "seed": {"model"},
@@ -55,7 +56,7 @@ ALLOWED: dict[str, set[str]] = {
         "signs",
     },
     "cli": {
-        "", "checkup", "cli", "cloudinit", "doctor", "engine", "hooks", "libvirt", "linux", "model", "ops",
+        "", "checkup", "cli", "cloudinit", "darwin", "doctor", "engine", "hooks", "libvirt", "linux", "model", "ops",
         "plan", "platform", "seed", "settings", "signs", "specs", "systemd", "watch",
     },
     "libvirt": {"engine", "libvirt", "linux", "model", "ops", "platform", "settings", "specs", "store"},

@@ -43,6 +43,8 @@ def test_without_a_word_all_is_default(config: Path, text: str | None) -> None:
 RIGHT: list[tuple[str, Settings]] = [
     ('domain = "lan"', Settings(domain="lan")),
     ('domain = "a-b.c9.internal"', Settings(domain="a-b.c9.internal")),
+    ("alias_budget = 1", Settings(alias_budget=1)),
+    ("alias_budget = 10000", Settings(alias_budget=10_000)),
     ("dns_port = 1024", Settings(plane=Plane(dns_port=1024))),
     ("dns_port = 65534", Settings(plane=Plane(dns_port=65534))),
     ("mtu = 576", Settings(mtu=576)),
@@ -76,6 +78,8 @@ WRONG: list[tuple[str, str, str]] = [
     ("domain", "7", "7"),
     ("domain", '["a"]', "['a']"),
     ("domain", f'"{"a." * 91}a"', f"'{'a.' * 38}..."),
+    *[("alias_budget", number, number) for number in ("0", "10001", "-1", "254.0")],
+    ("alias_budget", "true", "True"),
     *[("dns_port", number, number) for number in ("53", "1023", "65535", "-1")],
     ("dns_port", '"12753"', "'12753'"),
     *[("mtu", number, number) for number in ("575", "65536", "0", "-1", "1500.0")],
@@ -224,3 +228,15 @@ def test_the_environment_names_the_places(environment: dict[str, str], paths: Pa
 def test_the_environment_is_the_process_own_unless_one_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VMNET_STATE_DIR", "/elsewhere")
     assert Paths.from_environment().state == Path("/elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("platform", "state", "run"),
+    [("linux", "/var/lib/vmnet", "/run/vmnet"), ("darwin", "/var/db/vmnet", "/var/run/vmnet"),
+     ("freebsd14", "/var/db/vmnet", "/var/run/vmnet")],
+)  # fmt: skip
+def test_each_system_has_its_folders(platform: str, state: str, run: str) -> None:
+    paths = Paths.from_environment({"VMNET_PLATFORM": platform})
+    assert (str(paths.state), str(paths.run)) == (state, run)
+    own = Paths.from_environment({"VMNET_PLATFORM": platform, "VMNET_STATE_DIR": "/s", "VMNET_RUN_DIR": "/r"})
+    assert (str(own.state), str(own.run)) == ("/s", "/r")

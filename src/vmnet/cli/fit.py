@@ -16,7 +16,8 @@ from vmnet.hooks.call import Call
 from vmnet.hooks.install import Run, Seen, Step, apply, look, plan_install, plan_uninstall
 from vmnet.hooks.network import Network
 from vmnet.hooks.parts import PARTS, Part
-from vmnet.model import NotPermitted, UsageError
+from vmnet.model import HostLacks, NotPermitted, UsageError
+from vmnet.settings import backend
 from vmnet.systemd import is_in_hosts_netns, systemd_runs
 
 _FOUND = 10
@@ -35,6 +36,8 @@ def fit(
     verb: Verb, names: Sequence[str] | None, prefix: Path | None, *, json_: bool, dry_run: bool, verbose: bool
 ) -> None:
     """Do what `vmnet hooks VERB NAMES...` says; below `prefix` no program is run."""
+    if backend() != "linux":
+        raise HostLacks("hooks are for what runs on Linux", hint="vmnet up, at each boot, brings all guests back")
     call = Call.from_here()
     live = prefix is None
     parts = _parts(names, verb, live=live)

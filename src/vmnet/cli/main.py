@@ -5,7 +5,7 @@ import os
 import pwd
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from enum import StrEnum
 from io import TextIOWrapper
@@ -25,11 +25,10 @@ from vmnet.cli.run import cannot_run
 from vmnet.cli.show import Reporter, as_json, print_guests, print_ops, say
 from vmnet.engine import Engine, Seen
 from vmnet.libvirt.element import libvirt_interface
-from vmnet.linux.platform import LinuxPlatform
 from vmnet.model import HostLacks, KernelRefused, Mode, NotPermitted, UsageError, VmnetError, check_name
 from vmnet.ops import Op
-from vmnet.platform import Report
-from vmnet.settings import Paths, load_settings
+from vmnet.platform import Platform, Report
+from vmnet.settings import Paths, backend, load_settings
 from vmnet.specs import GuestSpec
 
 app = typer.Typer(
@@ -86,19 +85,38 @@ def _engine(*, verbose: bool = False) -> Iterator[Engine]:
 
 @contextmanager
 def _open_engine(report: Report, holds_back: Callable[[Op], bool] = lambda _: False) -> Iterator[Engine]:
-    platform_name = os.environ.get("VMNET_PLATFORM") or sys.platform
-    if platform_name != "linux":
-        raise HostLacks(f"vmnet does not run on {platform_name} yet", hint="VMNET_PLATFORM=linux on Linux")
     paths = Paths.from_environment()
     settings = load_settings(paths.config)
-    with LinuxPlatform() as platform:
+    with _open_platform() as platform:
         yield Engine(platform, settings, paths, report, caller_uid(), holds_back)
+
+
+def _open_platform() -> AbstractContextManager[Platform]:
+    """Return the system that vmnet acts on, with nothing loaded of any other."""
+    name = backend()
+    if name == "linux":
+        from vmnet.linux.platform import LinuxPlatform
+
+        return LinuxPlatform()
+    if name == "darwin":
+        from vmnet.darwin.platform import DarwinPlatform
+
+        return DarwinPlatform()
+    raise HostLacks(f"vmnet does not run on {name}", hint="VMNET_PLATFORM is linux, or darwin for macOS and FreeBSD")
+
+
+def _need_linux(what: str, hint: str) -> None:
+    """Raise HostLacks on a system that has no guests with networks of their own."""
+    if backend() != "linux":
+        raise HostLacks(f"{what} is for guests with a network of their own, which only Linux has", hint=hint)
 
 
 @app.command()
 def create(
     names: Names,
-    kind: Annotated[KindOption | None, typer.Option(help="What the guest is; a tap without --netns.")] = None,
+    kind: Annotated[
+        KindOption | None, typer.Option(help="What the guest is; without --netns a tap, on macOS an alias.")
+    ] = None,
     netns: Annotated[
         str | None, typer.Option(metavar="NS", help="Put a veth into this network namespace: a name or a path.")
     ] = None,
@@ -233,7 +251,11 @@ def carve(json_: Json = False, dry_run: DryRun = False, verbose: Verbose = False
         if dry_run:
             _say_plan(ops, json_=json_, verbose=verbose)
         if json_:
-            say(json.dumps({"carved": True}))
+            say(json.dumps({"carved": engine.platform.carves}))
+        elif not engine.platform.carves:
+            say(
+                f"nothing to carve: here a guest is an alias of {engine.platform.loopback}, and all else stays as it is"
+            )
 
 
 @app.command()
@@ -324,6 +346,7 @@ def run(
     verbose: Verbose = False,
 ) -> None:
     """Create a guest, run CMD inside it (a tap's or a tun's outside), delete it; the exit code is CMD's."""
+    _need_linux("run", f"vmnet create {name}, CMD, and vmnet delete {name} do the same for an address of this host")
     checked = check_name(name)
     spec = replace(_spec(kind, native, mapped, address, mac, mtu, owner, queues), name=checked, new=True)
     with _engine(verbose=verbose) as engine:
@@ -353,6 +376,7 @@ def libvirt(
     """Say what libvirt has of vmnet's, and give it more: to a domain, or to those on one of its networks."""
     from vmnet.cli import domains
 
+    _need_linux("libvirt", "vmnet create NAME gives an address of this host a name")
     if verb is LibvirtVerb.status:
         if subject is not None or name is not None or instead or dry_run:
             raise UsageError("status is for all domains, and changes nothing", hint="vmnet libvirt status [--json]")

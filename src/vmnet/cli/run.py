@@ -18,7 +18,6 @@ from typing import Any, NoReturn
 
 from vmnet.cli.show import Reporter, as_json
 from vmnet.engine import Engine, Seen
-from vmnet.linux.places import call
 from vmnet.model import Conflict, KernelRefused, NoSuchGuest, UsageError, VmnetError
 from vmnet.platform import Report
 from vmnet.settings import Settings
@@ -196,6 +195,8 @@ def _start(
     reading, writing = os.pipe()  # the writing end closes as the child becomes another program
 
     def child() -> None:
+        from vmnet.linux.places import call
+
         call("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             return

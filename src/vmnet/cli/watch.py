@@ -20,7 +20,9 @@ def run(
     open_engine: OpenEngine, paths: Paths, *, interval: float, metrics: Path | None, as_json: bool, **others: Any
 ) -> None:
     """Keep watch until SIGTERM or SIGINT; SIGHUP has it look at once; `others` is for the watcher."""
-    reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    reading, writing = os.pipe()  # macOS has no pipe2
+    for end in (reading, writing):
+        os.set_blocking(end, False)
     orders = Orders(reading)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     for number, order in ((signal.SIGTERM, "stop"), (signal.SIGINT, "stop"), (signal.SIGHUP, "look")):

@@ -15,7 +15,7 @@ from vmnet.linux.places import NAMED, Places, boot_id, identify, owned_from_here
 from vmnet.model import Lease, NetnsId, NotPermitted
 from vmnet.ops import DelLink, DelNetns, Op
 from vmnet.plan import HOST, Found, GuestView, HostView, Use, plan_left
-from vmnet.platform import EventSource, Glance, Resolver
+from vmnet.platform import EventSource, Glance, Loopback, Resolver
 
 _CAP_NET_ADMIN, _CAP_SYS_ADMIN = 12, 21
 
@@ -84,6 +84,10 @@ class LinuxPlatform:
     def addresses(self) -> frozenset[str]:
         """Return all IPv4 addresses of the host."""
         return observe.addresses(self._places.host)
+
+    def look_at_loopback(self) -> Loopback:
+        """Return that of lo, which is part of what the carve keeps, there is no more to see."""
+        return Loopback((), "")
 
     def look_around(self) -> Found:
         """Return how the host is before anything of it is changed."""
