@@ -284,6 +284,13 @@ def watch(bench: Bench) -> list[Table]:
     return measure(bench)
 
 
+def relay(bench: Bench) -> list[Table]:
+    """The relay; see benchmarks/relaying.py."""
+    from benchmarks.relaying import measure
+
+    return measure(bench)
+
+
 ROWS: dict[str, Callable[[Bench], list[Table]]] = {
     "one": one,
     "veths": veths,
@@ -292,6 +299,7 @@ ROWS: dict[str, Callable[[Bench], list[Table]]] = {
     "path": path,
     "rules": rules,
     "watch": watch,
+    "relay": relay,
 }
 
 

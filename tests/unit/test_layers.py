@@ -48,6 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "signs": {"", "ondisk"},
     "truces": set(),
     "watch": {"", "engine", "model", "ops", "platform", "signs", "truces"},
+    "relay": {"model", "relay"},
     "hooks": {"", "hooks", "model", "ondisk", "settings", "systemd"},
     "doctor": set(),
     "questions": {"doctor"},
