@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.kernel.drifts import ALL, DEVICE, HOST, INSIDE, OPENED, TUNSETOWNER, TUNSETPERSIST, VETH, Drift, Scene
-from tests.kernel.net import Lab, why_no_tap
+from tests.kernel.net import Lab, Laptop, need_own_etc, why_no_tap
 from tests.kernel.warm import Warm
 
 CONFLICT = 4
@@ -72,6 +72,19 @@ def test_all_drift_at_once_is_healed(form: str, warm: Warm, lab: Lab) -> None:
     scene.do_all()
     scene.sees("degraded")
     scene.heals()
+
+
+def test_what_the_system_calls_protocols_and_groups_is_no_drift(laptop: Laptop, warm: Warm) -> None:
+    """nft lists by the names of these files, if it may: a package that brings or takes one must not change the wish."""
+    need_own_etc()
+    files = {"/etc/protocols": "tcp 6 TCP\nudp 17 UDP\n", "/etc/iproute2/group": "32001 mine\n32002 yours\n"}
+    for name in files:
+        laptop.path(name).parent.mkdir(exist_ok=True)
+        laptop.path(name).write_text("")
+    warm.vmnet(laptop, "create", "web", "--kind", "veth")
+    for name, text in files.items():
+        laptop.path(name).write_text(text)
+    assert warm.vmnet(laptop, "plan", "--json").json == []
 
 
 def test_a_lost_note_of_how_the_host_was_is_made_up(warm: Warm, lab: Lab) -> None:

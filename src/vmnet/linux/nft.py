@@ -14,6 +14,8 @@ TABLE = ("table", "ip", "vmnet")
 _GETGEN = 10 << 8 | 16  # include/uapi/linux/netfilter/nfnetlink.h, nf_tables.h
 
 
+# Numbers, not names: those are of files that change with any package (/etc/protocols is netbase's), and with anybody.
+_LIST = ("--numeric", "list", *TABLE)
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 
 
@@ -31,7 +33,7 @@ def _run(*arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
 
 def listing() -> str | None:
     """Return our table as nft lists it, or None where there is none."""
-    done = _run("list", *TABLE)
+    done = _run(*_LIST)
     if done.returncode == 0:
         return done.stdout
     if "No such file or directory" in done.stderr:
@@ -64,7 +66,7 @@ def expected_listing(text: str, cache: Path) -> str:
     It is never learnt from the host's own table: what somebody changed in that would become the wish.
     """
     nft = os.stat(program())
-    key = hashlib.sha256(f"{text}{os.uname().release}{nft.st_mtime_ns}{nft.st_size}".encode()).hexdigest()
+    key = hashlib.sha256(f"{text}{_LIST}{os.uname().release}{nft.st_mtime_ns}{nft.st_size}".encode()).hexdigest()
     kept = cache / f"nftables-{key[:16]}.listing"
     try:
         return kept.read_text()
@@ -83,7 +85,7 @@ def expected_listing(text: str, cache: Path) -> str:
 
 
 def _learn(text: str) -> str:
-    script = "nft -f /dev/stdin && nft list table ip vmnet"
+    script = f"nft -f /dev/stdin && nft {' '.join(_LIST)}"
     try:
         done = subprocess.run(
             ("/bin/sh", "-c", script),
