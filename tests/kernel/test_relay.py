@@ -798,7 +798,7 @@ from vmnet.relay import Forward
 from vmnet.relay.relays import Relays
 soft, hard, port = map(int, sys.argv[1:4])
 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-relays, forward, taken = Relays(), Forward("127.1.0.2", 80, "tcp", sys.argv[4], port), []
+relays, forward, taken = Relays(), Forward("127.1.0.2", 80, sys.argv[5], sys.argv[4], port), []
 relays.want([forward])
 for line in sys.stdin:
     match line.strip():
@@ -819,10 +819,16 @@ relays.close()
 
 @contextmanager
 def relaying(
-    start: Callable[..., subprocess.Popen[str]], port: int, *, soft: int, hard: int, target: str = "127.0.0.1"
+    start: Callable[..., subprocess.Popen[str]],
+    port: int,
+    *,
+    soft: int = 300,
+    hard: int = 300,
+    target: str = "127.0.0.1",
+    protocol: str = "tcp",
 ) -> Iterator[tuple[int, Callable[[str], str]]]:
     """Relay in a process that has so many descriptors; it ends without a word on stderr."""
-    process = start(sys.executable, "-c", _RELAY, str(soft), str(hard), str(port), target)
+    process = start(sys.executable, "-c", _RELAY, str(soft), str(hard), str(port), target, protocol)
 
     def ask(what: str) -> str:
         assert process.stdin
@@ -898,6 +904,38 @@ def test_the_second_address_of_a_name_does_too(laptop: Laptop) -> None:
     need_own_etc()
     laptop.path("/etc/hosts").write_text("127.0.0.1 localhost two\n::1 two\n")
     target = laptop.serve(4711, "127.0.0.1")
-    with relaying(laptop.start, target.port, soft=300, hard=300, target="two") as (_, ask):
+    with relaying(laptop.start, target.port, target="two") as (_, ask):
         assert laptop.tcp(HERE, PORT, b"hello") == b"hello"
         assert ask("problem") == "None"
+
+
+def test_the_second_address_of_a_name_takes_the_next_datagrams(laptop: Laptop) -> None:
+    need_own_etc()
+    laptop.path("/etc/hosts").write_text("127.0.0.1 localhost two\n::1 two\n")
+    target = laptop.serve(4711, "127.0.0.1")
+    with relaying(laptop.start, target.port, target="two", protocol="udp") as (_, ask):
+
+        def is_answered() -> bool:
+            with suppress(TimeoutError):
+                return laptop.udp(HERE, PORT, b"hello", wait=QUIET) == b"hello"
+            return False
+
+        assert wait_until(is_answered, PATIENCE)
+        assert ask("problem") == "None"
+
+
+def test_a_name_server_that_is_silent_holds_nothing_up(laptop: Laptop, internet: Machine) -> None:
+    need_own_etc()
+    resolv = laptop.path("/etc/resolv.conf")
+    resolv.unlink(missing_ok=True)
+    resolv.write_text(f"nameserver {internet.address}\noptions timeout:30 attempts:5\n")
+    silent = internet.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    silent.bind((internet.address, 53))
+    with relaying(laptop.start, 4711, target="nobody.example") as (_, ask):
+        client = laptop.socket(socket.AF_INET, socket.SOCK_STREAM)
+        client.settimeout(PATIENCE)
+        client.connect((HERE, PORT))
+        assert is_reset(client)
+        assert "leads to nobody.example:4711, which cannot be reached: no answer within" in ask("problem")
+        # It is still being asked when the process ends, long before it would give up.
+        assert silent.recv(512)

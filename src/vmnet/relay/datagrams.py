@@ -21,9 +21,10 @@ class _Client:
     sender: tuple[str | int, ...]
     used: float
     way: socket.socket | None = None
-    mark: "Mark | None" = None
+    mark: Mark | None = None
     waiting: list[bytes] = field(default_factory=list)
     task: asyncio.Task[None] | None = None
+    turn: int = 0
 
 
 class Datagrams(Relay):
@@ -31,6 +32,7 @@ class Datagrams(Relay):
 
     def __init__(self, forward: Forward, floor: Floor, most: int, idle: float) -> None:
         self._idle = idle
+        self._turn = 0  # of the target's addresses
         # By address and port, the longest unused first.
         self._clients: OrderedDict[tuple[str | int, ...], _Client] = OrderedDict()
         super().__init__(forward, floor, most)
@@ -77,8 +79,7 @@ class Datagrams(Relay):
             except (BlockingIOError, InterruptedError):
                 return  # as with any queue that is full
             except OSError as error:
-                self.tell_target(error)
-                self._forget(client)
+                self._fail(client, error)
             else:
                 return
 
@@ -92,8 +93,7 @@ class Datagrams(Relay):
         if hops >= HOPS:
             self.tell("circle", CIRCLE)
             return None
-        if not hops:
-            self.tell("circle", "")
+        self.tell("circle", "")
         if self._clients and (len(self._clients) >= self._most or self.floor.room < 1):
             self._forget(next(iter(self._clients.values())))
         client = _Client(sender, self.floor.loop.time())
@@ -123,7 +123,9 @@ class Datagrams(Relay):
 
     def _connect(self, client: _Client, addresses: list[Address], hops: int) -> None:
         failure = OSError(errno.EADDRNOTAVAIL, "")
-        for family, address in addresses:
+        client.turn = self._turn
+        first = self._turn % max(1, len(addresses))
+        for family, address in addresses[first:] + addresses[:first]:
             try:
                 client.way, client.mark = self.target.call(family, address, hops)
             except OSError as error:
@@ -143,13 +145,19 @@ class Datagrams(Relay):
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
-                self.tell_target(error)
-                self._forget(client)
+                self._fail(client, error)
                 return
             self.tell_target(None)
             self._use(client)
             with suppress(OSError):  # it is lost, as datagrams may be
                 self._listener.sendto(self.floor.view[:count], client.sender)
+
+    def _fail(self, client: _Client, error: OSError) -> None:
+        """Hear that the target does not take a client's datagrams: with the next one its next address has its turn."""
+        self.tell_target(error)
+        if client.turn == self._turn:
+            self._turn += 1
+        self._forget(client)
 
     def _forget(self, client: _Client) -> None:
         if self._clients.pop(client.sender, None) is None:

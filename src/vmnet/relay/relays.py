@@ -1,6 +1,8 @@
 """The thread that relays, and what others tell it and are told by it."""
 
 import asyncio
+import errno
+import os
 import threading
 from collections.abc import Collection
 
@@ -36,17 +38,14 @@ class Relays:
         """Relay these and no others: what is new is listened for, what is gone ends, the rest goes on untouched.
 
         Of two that listen on the same, one is relayed and the other one is among the problems. Raises OSError while
-        the process has no descriptors left for a loop.
+        the process has no descriptors or threads left for it.
         """
         wanted = frozenset(forwards)
         with self._lock:
             if self._is_closed or wanted == self._wanted:
                 return
             if self._floor is None:
-                floor = Floor(asyncio.new_event_loop())
-                self._thread = threading.Thread(target=self._run, args=(floor,), name="relay", daemon=True)
-                self._thread.start()
-                self._floor = floor
+                self._floor, self._thread = self._start()
             self._wanted = wanted
             self._floor.loop.call_soon_threadsafe(self._change, self._floor, wanted)
 
@@ -73,7 +72,17 @@ class Relays:
             self._floor.loop.call_soon_threadsafe(self._floor.loop.stop)
             thread.join(_END)
 
-    def _change(self, floor: "Floor", wanted: frozenset[Forward]) -> None:
+    def _start(self) -> tuple[Floor, threading.Thread]:
+        floor = Floor(asyncio.new_event_loop())
+        thread = threading.Thread(target=self._run, args=(floor,), name="relay", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            floor.loop.close()
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
+        return floor, thread
+
+    def _change(self, floor: Floor, wanted: frozenset[Forward]) -> None:
         kept = {one: relay for one, relay in self._relays.items() if one in wanted}
         for one in self._relays.keys() - wanted:
             self._relays[one].close()
@@ -84,7 +93,7 @@ class Relays:
                 kept[one] = Datagrams(one, floor, self._most, self._udp_idle)
         self._relays = kept
 
-    def _run(self, floor: "Floor") -> None:
+    def _run(self, floor: Floor) -> None:
         loop = floor.loop
         try:
             loop.run_forever()

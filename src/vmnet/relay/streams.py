@@ -82,8 +82,7 @@ class Streams(Relay):
             close(client, reset=True)
             self.tell("circle", CIRCLE)
             return
-        if not hops:
-            self.tell("circle", "")
+        self.tell("circle", "")
         self._connections.add(_Connection(self, client, hops))
         self._look_soon()
 
