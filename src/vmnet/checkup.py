@@ -17,7 +17,7 @@ from vmnet.engine import Engine
 from vmnet.hooks import is_installed
 from vmnet.hooks.call import Call
 from vmnet.hooks.install import look as look_at_files
-from vmnet.hooks.parts import PARTS
+from vmnet.hooks.parts import parts_here
 from vmnet.model import Lease, VmnetError
 from vmnet.ondisk import find_program
 from vmnet.ops import RunAnswers
@@ -128,7 +128,7 @@ def _look_at_sysctls() -> dict[str, Any]:
 def _look_at_service(paths: Paths) -> dict[str, Any]:
     status = read_status(paths.run)
     states: dict[str, set[str]] = {}
-    for seen in look_at_files([part for part in PARTS if part.found()], Call.from_here(), Path("/")):
+    for seen in look_at_files([part for part in parts_here() if part.found()], Call.from_here(), Path("/")):
         states.setdefault(seen.part.name, set()).add(seen.state)
     return {
         "installed": is_installed(),
@@ -145,6 +145,7 @@ def _look_at_aliases(engine: Engine, leases: Sequence[Lease], paths: Paths) -> d
         "aliases": len(leases),
         "guests": guests,
         "found": _ask_library(guests),
+        **_look_at_service(paths),
         **_look_at_hosts_file(guests, paths.hosts),
     }
     try:

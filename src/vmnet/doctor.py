@@ -288,9 +288,10 @@ def _by_wire(sight: Sight) -> Iterator[Finding]:
 
 
 def _service(sight: Sight) -> Iterator[Finding]:
-    if sight.wanted and not sight.installed:
+    wanted = sight.wanted or bool(sight.aliases)
+    if wanted and not sight.installed:
         yield Finding("note", "nothing brings guests back at boot", "no service is installed", "vmnet hooks install")
-    if sight.wanted and not sight.watcher:
+    if wanted and not sight.watcher:
         fix = "vmnet hooks install"
         yield Finding("note", "nobody puts right what others undo", "no watcher is at work", fix)
     for line in sight.left_alone:

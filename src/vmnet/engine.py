@@ -370,7 +370,7 @@ class Engine:
         """Have the kernel forget guests' connections over addresses that the host had until now."""
         ours = ("127.", f"{self.settings.plane.shadow}.")
         others = sorted(address for address in lost if not address.startswith(ours))
-        if self.platform.carves and others and self.recorded():
+        if others and self.recorded():
             apply_all(self.platform, self.report, [ForgetFlows(self.settings.plane.shadow, tuple(others))])
 
     def recorded(self) -> list[Lease] | None:
@@ -599,10 +599,9 @@ class Engine:
         self.platform.need_rights()
         with ExitStack() as stack:
             store, leases, unwritten = self._open_for_restore(stack, dry_run)
+            known = not isinstance(unwritten, RecordsUnreadable)
             if dry_run:
-                ops = self._guests.plan_down(leases, keep_netns=False) + self.platform.orphans(
-                    [one.name for one in leases]
-                )
+                ops = self._guests.plan_down(leases, keep_netns=False) + self._left(leases, known=known)
                 return ops + self._names.plan_clear() + self._host.plan_down()
             with self._locks.host(shared=False), self._locks.guests(None):
                 if store:
@@ -612,7 +611,7 @@ class Engine:
                     except KernelRefused as error:
                         store, unwritten = None, self._go_on_without(error)
                 problems = self._guests.take_down(leases, keep_netns=False)
-                apply_all(self.platform, self.report, self.platform.orphans([lease.name for lease in leases]))
+                apply_all(self.platform, self.report, self._left(leases, known=known))
                 self._names.clear()
                 self._host.remove()
                 if store:
@@ -625,6 +624,11 @@ class Engine:
             if purge and unwritten:
                 raise unwritten
             return []
+
+    def _left(self, leases: Sequence[Lease], *, known: bool) -> list[Op]:
+        """Return the ops that take away what is ours beside these; where no guest is `known`, what looks like one."""
+        ops = self.platform.orphans([lease.name for lease in leases])
+        return ops if known else ops + self.platform.lookalikes()
 
     def _open_for_restore(self, stack: ExitStack, dry_run: bool) -> tuple[Store | None, list[Lease], VmnetError | None]:
         """Return the records if they can be written, the leases as far as they can be read, and what went wrong."""

@@ -327,6 +327,8 @@ class Watcher:
 
     def _forget_flows(self, heard: Heard | None) -> None:
         """Have connections forgotten that go on over an address which the host has lost."""
+        if not self._engine.platform.carves:
+            return  # nobody's connections go through this host
         now = self._engine.platform.addresses()
         lost = heard.addresses if heard else frozenset()
         if heard is None or heard.lost or heard.clock:

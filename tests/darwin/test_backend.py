@@ -158,6 +158,19 @@ def test_what_is_not_ours_is_not_touched(mac: Mac) -> None:
     assert {argv[3] for argv in changes(mac)} == {A, B}
 
 
+def test_a_restore_needs_no_records(mac: Mac) -> None:
+    others = (("127.0.0.5",), ("127.64.0.2", "netmask", "255.255.255.255"), ("127.1.0.9/32",), (C,))
+    for words in others:
+        by_hand(mac, "alias", *words)
+    before = mac.aliases()
+    mac.vmnet("create", "web", "db")
+    (mac.folder / "state" / "vmnet.db").write_bytes(b"rubbish" * 1000)
+    assert mac.vmnet("restore", "--dry-run", check=False).code == 10
+    assert mac.vmnet("restore").err.startswith("vmnet: warning: ")
+    assert mac.aliases() == before
+    assert mac.hosts_file.read_text() == "127.0.0.1 localhost\n"
+
+
 def test_guests_have_names_only_where_they_are_wanted(mac: Mac) -> None:
     mac.env["VMNET_HOSTS_FILE"] = ""
     mac.vmnet("create", "web")
@@ -192,7 +205,7 @@ def test_what_only_linux_has_is_refused(options: str, mac: Mac) -> None:
 
 def test_commands_that_only_linux_has_are_refused(mac: Mac) -> None:
     mac.vmnet("create", "web")
-    for command, code in (("run job -- true", 7), ("libvirt status", 7), ("hooks status", 7), ("exec web -- true", 4)):
+    for command, code in (("run job -- true", 7), ("libvirt status", 7), ("exec web -- true", 4)):
         done = mac.vmnet(*command.split(), check=False)
         assert done.code == code, command
         assert len(done.err.splitlines()) == 2
@@ -451,11 +464,22 @@ def test_what_is_down_stays_down_under_a_watcher(mac: Mac) -> None:
 # The doctor.
 
 
+_ALWAYS = ("names of guests", "nothing brings guests back", "nobody puts right")
+"""What the doctor finds on each of these machines: its hosts file is its own, and nothing is installed."""
+
+
 def findings(mac: Mac) -> dict[str, str]:
     done = mac.vmnet("doctor", "--json", check=False)
     found = {one["what"]: one["severity"] for one in done.json}
     assert done.code == (10 if set(found.values()) - {"note"} else 0)
-    return {what: severity for what, severity in found.items() if not what.startswith("names of guests")}
+    return {what: severity for what, severity in found.items() if not what.startswith(_ALWAYS)}
+
+
+def test_the_doctor_misses_the_service(mac: Mac) -> None:
+    assert mac.vmnet("doctor", "--json").json == []
+    mac.vmnet("create", "web")
+    found = {one["what"]: one["fix"] for one in mac.vmnet("doctor", "--json").json}
+    assert found["nothing brings guests back at boot"] == "vmnet hooks install"
 
 
 def test_the_doctor_finds_masks(mac: Mac) -> None:

@@ -15,9 +15,8 @@ from vmnet.hooks import network as libvirt
 from vmnet.hooks.call import Call
 from vmnet.hooks.install import Run, Seen, Step, apply, look, plan_install, plan_uninstall
 from vmnet.hooks.network import Network
-from vmnet.hooks.parts import PARTS, Part
-from vmnet.model import HostLacks, NotPermitted, UsageError
-from vmnet.settings import backend
+from vmnet.hooks.parts import Part, parts_here
+from vmnet.model import NotPermitted, UsageError
 from vmnet.systemd import is_in_hosts_netns, systemd_runs
 
 _FOUND = 10
@@ -36,8 +35,6 @@ def fit(
     verb: Verb, names: Sequence[str] | None, prefix: Path | None, *, json_: bool, dry_run: bool, verbose: bool
 ) -> None:
     """Do what `vmnet hooks VERB NAMES...` says; below `prefix` no program is run."""
-    if backend() != "linux":
-        raise HostLacks("hooks are for what runs on Linux", hint="vmnet up, at each boot, brings all guests back")
     call = Call.from_here()
     live = prefix is None
     parts = _parts(names, verb, live=live)
@@ -66,13 +63,13 @@ def fit(
 
 
 def _parts(names: Sequence[str] | None, verb: Verb, *, live: bool) -> list[Part]:
-    known = {part.name: part for part in PARTS}
+    known = {part.name: part for part in parts_here()}
     for name in names or ():
         if name not in known:
             raise UsageError(f"there is no part {name[:80]!r}", hint=f"there are {', '.join(known)}")
     if names:
-        return [part for part in PARTS if part.name in names]
-    return [part for part in PARTS if verb is not Verb.install or not live or part.found()]
+        return [part for part in known.values() if part.name in names]
+    return [part for part in known.values() if verb is not Verb.install or not live or part.found()]
 
 
 def _look_at_network(parts: Sequence[Part], verb: Verb, *, live: bool) -> Network | None:
@@ -164,7 +161,9 @@ def _network_reservations(verb: Verb, network: Network | None, to_do: Sequence[R
 
 def _reservations(verb: Verb, call: Call, seen: Sequence[Seen]) -> list[str]:
     """Return what a person should know of a service that is installed now."""
-    if verb is not Verb.install or not any(one.file.template.startswith(("systemd/", "sysvinit/")) for one in seen):
+    if verb is not Verb.install or not any(
+        one.file.template.startswith(("systemd/", "sysvinit/", "launchd/")) for one in seen
+    ):
         return []
     texts = []
     if systemd_runs() and not is_in_hosts_netns():

@@ -18,7 +18,7 @@ from vmnet.aliases import address_of
 from vmnet.darwin.events import Monitor
 from vmnet.darwin.parse import LinkAddress, parse_ifconfig
 from vmnet.darwin.programs import call
-from vmnet.model import HostLacks, KernelRefused, Lease, NetnsId, NotPermitted, VmnetError, block_of
+from vmnet.model import HostLacks, KernelRefused, Lease, NetnsId, NotPermitted, UsageError, VmnetError, block_of
 from vmnet.ops import AddAlias, Address, DelAlias, Op
 from vmnet.plan import Found, GuestView, HostView, Use
 from vmnet.platform import EventSource, Glance, Loopback, Resolver
@@ -90,6 +90,10 @@ class DarwinPlatform:
     def addresses(self) -> frozenset[str]:
         """Return all IPv4 addresses of the host."""
         return frozenset(str(one.address) for link in parse_ifconfig(_shown("-a")).values() for one in link)
+
+    def lookalikes(self) -> list[Op]:
+        """Return the ops that take away every alias that could be a guest's: alone in its subnet, third of a block."""
+        return [DelAlias(_LO, _as_held(one).value) for one in _addresses() if _could_be_a_guests(one)]
 
     def apply(self, lists: Sequence[Sequence[Op]], done: Callable[[Op], None]) -> list[Refusal]:
         """Carry out lists of ops and return what was refused; the rest of such a list is left undone."""
@@ -179,6 +183,13 @@ def _lo() -> str:
 
 def _addresses() -> list[LinkAddress]:
     return parse_ifconfig(_lo()).get(_LO, [])
+
+
+def _could_be_a_guests(one: LinkAddress) -> bool:
+    try:
+        return one.mask == _ALL_ONES and block_of(one.address).address == one.address
+    except UsageError:
+        return False
 
 
 def _as_held(one: LinkAddress) -> Address:

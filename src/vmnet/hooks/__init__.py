@@ -10,6 +10,7 @@ _WATCHERS = (
     "/usr/lib/systemd/system/vmnet-watch.service",
     "/lib/systemd/system/vmnet-watch.service",
     "/etc/init.d/vmnet",
+    "/Library/LaunchDaemons/internal.vmnet.watch.plist",
 )
 
 

@@ -6,12 +6,13 @@ A part more is an entry more in `PARTS`, and its templates.
 import os
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
 from vmnet.ondisk import find_program
+from vmnet.settings import backend
 from vmnet.systemd import is_in_hosts_netns, systemd_runs
 
 _Question: TypeAlias = Callable[[], bool]
@@ -44,7 +45,7 @@ class Part:
     """What is installed for one other program; `found` says whether that is here.
 
     Commands run after its files are installed, before they are taken away, and after that. Libvirt's network `vmnet`
-    belongs to the one that says so.
+    belongs to the one that says so. `system` is where it is of any use.
     """
 
     name: str
@@ -54,10 +55,19 @@ class Part:
     leaving: tuple[Command, ...] = ()
     gone: tuple[Command, ...] = ()
     has_network: bool = False
+    system: str = "linux"
 
 
 class ProgramFailed(Exception):
     """A program could not be run, did not end in time, or says that it failed; in its own first line if it has one."""
+
+
+def _environment() -> Mapping[str, str]:
+    """Return the environment of programs; on macOS those of the caller's PATH come first, as ifconfig does."""
+    if backend() == "linux":
+        return ENVIRONMENT
+    path = f"{os.environ.get('PATH', '')}:{ENVIRONMENT['PATH']}".lstrip(":")
+    return {**os.environ, **ENVIRONMENT, "PATH": path}
 
 
 def ask(argv: tuple[str, ...], *, stdin: str = "", patience: float = _PATIENCE) -> str:
@@ -70,7 +80,7 @@ def ask(argv: tuple[str, ...], *, stdin: str = "", patience: float = _PATIENCE) 
             text=True,
             errors="replace",
             check=False,
-            env=ENVIRONMENT,
+            env=_environment(),
             timeout=patience,
         )
     except FileNotFoundError:
@@ -99,7 +109,7 @@ def _exists(*paths: str) -> _Question:
 
 
 def _is_program(name: str) -> bool:
-    return find_program(name, ENVIRONMENT["PATH"]) is not None
+    return find_program(name, _environment()["PATH"]) is not None
 
 
 def _has(program: str) -> _Question:
@@ -146,6 +156,10 @@ _UNITS = ("vmnet.service", "vmnet-watch.service")
 _UNIT_FOLDER = "/etc/systemd/system"
 _SYSTEM_UNITS = ("/usr/lib/systemd/system", "/lib/systemd/system", "/etc/systemd/system")
 _SCRIPT = "/etc/init.d/vmnet"
+_DAEMONS = "/Library/LaunchDaemons"
+_PLIST = f"{_DAEMONS}/internal.vmnet.watch.plist"
+_DAEMON = "system/internal.vmnet.watch"
+_IS_LOADED = _says_yes("launchctl", "print", _DAEMON)
 _RELOAD = Command(("systemctl", "daemon-reload"), when=systemd_runs)
 _RELOAD_NETWORKD = Command(("networkctl", "reload"), when=_says_yes("systemctl", "is-active", "-q", "systemd-networkd"))
 _RELOAD_NETWORKMANAGER = Command(("nmcli", "general", "reload", "conf"), when=_says_yes("nmcli", "general", "status"))
@@ -175,6 +189,11 @@ _ZONES = (_ZONE_NOW, "vmnet")
 
 def _in_zone(zone: str, verb: str) -> tuple[str, ...]:
     return ("firewall-cmd", f"--zone={zone}", f"--{verb}-interface=vmn-+")
+
+
+def parts_here() -> list[Part]:
+    """Return the parts that are for this system."""
+    return [part for part in PARTS if part.system == backend()]
 
 
 PARTS = (
@@ -279,5 +298,21 @@ PARTS = (
             ),
         ),
         leaving=tuple(Command(_in_zone(zone, "remove"), when=_says_yes(*_in_zone(zone, "query"))) for zone in _ZONES),
+    ),
+    Part(
+        "launchd",
+        found=_exists(_DAEMONS),
+        files=(File(_PLIST, "launchd/vmnet.plist"),),
+        installed=(
+            # launchd reads a file once, when it is told of it.
+            Command(("launchctl", "bootout", _DAEMON), when=_IS_LOADED),
+            Command(
+                ("launchctl", "bootstrap", "system", _PLIST),
+                when=_has("launchctl"),
+                overdue=lambda: not _IS_LOADED(),
+            ),
+        ),
+        leaving=(Command(("launchctl", "bootout", _DAEMON), when=_IS_LOADED),),
+        system="darwin",
     ),
 )

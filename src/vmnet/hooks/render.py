@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from html import escape
 from importlib.resources import files
 
 from vmnet.hooks.call import Call
@@ -19,18 +20,36 @@ def render(file: File, call: Call) -> bytes:
     """Return the content of a file that has a template, sealed."""
     folder = files("vmnet") / "templates"
     is_unit = file.template.startswith("systemd/")
+    is_plist = file.template.startswith("launchd/")
+    command, environment = _as_plist(call) if is_plist else _as_lines(call, is_unit=is_unit)
     values = {
-        "COMMAND": command_line(call.argv) if is_unit else shlex.join(call.argv),
-        "ENVIRONMENT": "".join(
-            f"Environment={quote(f'{name}={value}')}\n" if is_unit else f"export {name}={shlex.quote(value)}\n"
-            for name, value in call.environment.items()
-        ),
+        "COMMAND": command,
+        "ENVIRONMENT": environment,
         "SANDBOX": (folder / "systemd" / "sandbox.conf").read_text() if is_unit else "",
         "DOMAIN": call.settings.domain,
         "PORT": str(call.settings.plane.dns_port + 1),  # the spelling of native guests is the host's, too
     }
     text = (folder / file.template).read_text()
     return seal(_TOKEN.sub(lambda token: values[token[1]], text))
+
+
+def _as_lines(call: Call, *, is_unit: bool) -> tuple[str, str]:
+    """Return command and environment as lines of a unit of systemd's, or of a shell."""
+    environment = "".join(
+        f"Environment={quote(f'{name}={value}')}\n" if is_unit else f"export {name}={shlex.quote(value)}\n"
+        for name, value in call.environment.items()
+    )
+    return command_line(call.argv) if is_unit else shlex.join(call.argv), environment
+
+
+def _as_plist(call: Call) -> tuple[str, str]:
+    """Return command and environment as items of an array and of a dictionary (plist(5))."""
+
+    def item(kind: str, text: str) -> str:
+        return f"\t\t<{kind}>{escape(text, quote=False)}</{kind}>\n"
+
+    environment = (item("key", name) + item("string", value) for name, value in call.environment.items())
+    return "".join(item("string", word) for word in call.argv), "".join(environment)
 
 
 def command_line(argv: tuple[str, ...]) -> str:

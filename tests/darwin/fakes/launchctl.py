@@ -1,5 +1,9 @@
-"""launchctl(1) of macOS, for the daemons of the system: `services` of the state has the plist of each label."""
+"""launchctl(1) of macOS, for the daemons of the system: `services` of the state has the plist of each label.
 
+FAKE_MAC_ROOT is a folder to be taken for the root of the system.
+"""
+
+import os
 import plistlib
 from pathlib import Path
 from xml.parsers.expat import ExpatError
@@ -29,7 +33,7 @@ def main(state: State, argv: list[str]) -> Answer:
 
 def _load(services: dict[str, str], path: str) -> None:
     try:
-        with open(path, "rb") as file:
+        with open(os.environ.get("FAKE_MAC_ROOT", "") + path, "rb") as file:
             label = plistlib.load(file).get("Label")
     except (OSError, ValueError, AttributeError, ExpatError, plistlib.InvalidFileException):
         label = None
