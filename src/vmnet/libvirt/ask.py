@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from vmnet.libvirt.interfaces import Domain
@@ -14,10 +16,7 @@ from vmnet.model import HostLacks, KernelRefused, NoSuchGuest, NotPermitted, Vmn
 
 SYSTEM = "qemu:///system"
 LIMIT = 30.0  # seconds; the first connection to a libvirtd that has just been installed takes 8 s
-_GET_IT = (
-    f"{sys.executable} -m pip install libvirt-python, which needs gcc, pkg-config, python3-dev and libvirt-dev;"
-    " or Debian's python3-libvirt, for a Python that sees the system's packages (venv --system-site-packages)"
-)
+_SYSTEM_PYTHON = "/usr/bin/python3"
 
 
 class NoAnswer(KernelRefused):
@@ -25,8 +24,13 @@ class NoAnswer(KernelRefused):
 
 
 def client(*arguments: str) -> list[str]:
-    """Return the command that talks to libvirt, by the same Python and vmnet as this."""
-    # Neither way the current folder is looked into, which may have a libvirt.py of anybody's.
+    """Return the command that talks to libvirt, by this Python or, if it has no libvirt-python, by the system's.
+
+    A checkout's .venv sees none of the system's packages, and what is put into it goes when it is made anew.
+    """
+    # No way looks into the current folder, which may have a libvirt.py of anybody's.
+    if find_spec("libvirt") is None and os.access(_SYSTEM_PYTHON, os.X_OK):
+        return [_SYSTEM_PYTHON, "-I", str(Path(__file__).with_name("client.py")), *arguments]
     return [sys.executable, "-I" if sys.flags.isolated else "-P", "-m", "vmnet.libvirt.client", *arguments]
 
 
@@ -59,9 +63,13 @@ def ask(uri: str, do: str, **more: Any) -> Any:
 def _explained(uri: str, kind: str, words: str) -> VmnetError:
     match kind:
         case "lacks":
-            return HostLacks(f"libvirt-python is missing: {words}", hint=_GET_IT)
+            return HostLacks(
+                f"libvirt-python is missing: {words}",
+                hint="install it: apt-get install python3-libvirt (or your system's package)",
+            )
         case "connect":
-            return HostLacks(f"libvirt at {uri} cannot be reached: {words}", hint="systemctl start libvirtd")
+            hint = "systemctl start libvirtd" if uri == SYSTEM else f"--connect is {SYSTEM} by default"
+            return HostLacks(f"libvirt at {uri} cannot be reached: {words}", hint=hint)
         case "denied":
             hint = "run it with sudo" if os.geteuid() else ""
             return NotPermitted(f"libvirt at {uri} does not permit it: {words}", hint=hint)

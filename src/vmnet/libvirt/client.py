@@ -1,6 +1,7 @@
-"""What talks to libvirt, as a process of its own: python -m vmnet.libvirt.client ask URI, or listen URI WAKEUP
+"""What talks to libvirt, as a process of its own: client.py ask URI, or listen URI WAKEUP
 
 Whoever started it can end it at any time, which no call of libvirt's could be. Nothing else imports libvirt-python.
+The system's Python may run it, which is not always that of vmnet: it needs 3.9, and nothing of vmnet.
 
 `ask` does what the JSON on its stdin says, and answers on stdout: {"done": ...}, or {"error": {"kind", "words"}} where
 the kind is lacks (no libvirt-python), connect, denied, missing (no such domain) or refused.
@@ -9,6 +10,8 @@ the kind is lacks (no libvirt-python), connect, denied, missing (no such domain)
 that may have changed it, and now and then without any; and writes a byte to the file descriptor WAKEUP. It ends with
 its stdin, or when libvirt does not answer any more.
 """
+
+from __future__ import annotations  # `X | None` is not of 3.9
 
 import json
 import os

@@ -9,7 +9,6 @@ import os
 import subprocess
 import time
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 
 from vmnet.libvirt.ask import SYSTEM, client
@@ -54,7 +53,7 @@ class Listening:
 
     def _start(self) -> None:
         now = time.monotonic()
-        if now < self._again or not any((self._run / name).exists() for name in _SOCKETS) or not find_spec("libvirt"):
+        if now < self._again or not any((self._run / name).exists() for name in _SOCKETS):
             return
         self._again = now + self._pause
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
