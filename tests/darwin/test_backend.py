@@ -182,7 +182,7 @@ def test_there_is_nothing_to_carve(mac: Mac) -> None:
     assert "nothing to carve" in done.out
     assert mac.vmnet("carve", "--json").json == {"carved": False}
     assert mac.vmnet("carve", "--dry-run").out == ""
-    assert mac.state["ifaces"] == mac.state["ifaces"]
+    assert mac.aliases() == FIRST
     assert changes(mac) == []
 
 
@@ -340,7 +340,7 @@ def test_what_is_killed_half_way_is_finished(command: str, number: int, mac: Mac
     mac.vmnet(*command.split()[:1], *(["--all"] if command.startswith("delete") else command.split()[1:]))
     up = command.startswith(("create", "up"))
     assert mac.aliases() == (aliases(A, B, C) if up else FIRST)
-    assert mac.vmnet("plan").code == 0 if up else True
+    assert set(states(mac).values()) == ({"up"} if up else {"down"} if command == "restore" else set())
 
 
 def test_many_at_once_converge(mac: Mac) -> None:
@@ -421,9 +421,8 @@ def test_an_alias_is_put_back_with_no_event_at_all(deed: tuple[str, ...], mac: M
     mac.vmnet("create", "web")
     watcher = watching(mac, "0.3")
     by_hand(mac, *deed)
-    assert mac.aliases() != aliases(A) or wait_until(lambda: len(changes(mac)) > 1, 30)
     assert wait_until(lambda: mac.aliases() == aliases(A), 30)
-    assert wait_until(lambda: mac.vmnet("watch", "--status").code == 0, 30)
+    assert mac.vmnet("watch", "--status").code == 0
     log = ended(watcher)
     assert "cause=look" in log
     assert "drift without event" in log
