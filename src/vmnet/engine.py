@@ -457,6 +457,11 @@ class Engine:
             name = store.guest_of(uuid, mac)
             return store.lease(name) if name else None
 
+    def guest_on(self, device: str) -> str | None:
+        """Return the name of the guest whose device is called so, None without one."""
+        with self._reading() as store:
+            return store.guest_on(device)
+
     def guest_for(self, key: DomainKey, name: str, macs: Collection[str] | None) -> str:
         """Return which guest a domain's interface is to be: the one it was, else the first of NAME, NAME-2, ... it can.
 

@@ -39,6 +39,7 @@ from vmnet.model import (
     UsageError,
     VmnetError,
     Wish,
+    device_name,
 )
 
 APPLICATION_ID = 0x766D6E74  # "vmnt", for file(1) and for us
@@ -204,6 +205,16 @@ class Store:
         """Return the lease of `name`, None without one."""
         with self._reading() as db:
             return _find_lease(db, name)
+
+    def guest_on(self, device: str) -> str | None:
+        """Return the name of the guest whose device is called so, None without one."""
+        start = device.removeprefix("vmn-")[:2]
+        with self._reading() as db:
+            # No name has a character beyond z, and each device keeps the first two of its guest's.
+            for (name,) in db.execute("SELECT name FROM lease WHERE name >= ? AND name < ?", (start, f"{start}~")):
+                if device_name(name) == device:
+                    return str(name)
+        return None
 
     def leases(self, names: Sequence[str] | None = None) -> list[Lease]:
         """Return the leases of `names` in that order, or all in the order of their names; deleting ones included.

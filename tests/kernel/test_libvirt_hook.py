@@ -49,6 +49,17 @@ def test_a_guest_that_is_there_is_the_domains(laptop: Laptop, hook: str) -> None
     assert laptop.vmnet("list", "--json").json == [{**made, "state": "down"}]
 
 
+def test_a_guest_with_a_long_name_is_told_by_its_device_whatever_the_domain_is_called(
+    laptop: Laptop, hook: str
+) -> None:
+    laptop.vmnet("create", "webserver-of-the-shop", "webserver-of-the-office")
+    [made, other] = laptop.vmnet("list", "--json").json
+    xml = domain(ethernet(made["device"], MAC), name="shop").decode()
+    assert call(laptop, hook, "prepare", xml) == Result(0, "", "")
+    assert call(laptop, hook, "release", xml) == Result(0, "", "")
+    assert laptop.vmnet("list", "--json").json == [{**made, "state": "down"}, other]
+
+
 def test_what_a_domain_has_not_claimed_is_not_taken_down(laptop: Laptop, hook: str) -> None:
     laptop.vmnet("create", "web", "--kind", "tap")
     assert call(laptop, hook, "release") == Result(0, "", "")

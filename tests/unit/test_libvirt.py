@@ -26,6 +26,11 @@ def ethernet(device: str, more: str = "", managed: str = "no") -> str:
     return f"<interface type='ethernet'><target dev='{device}' managed='{managed}'/>{more}</interface>"
 
 
+def nobody(_: str) -> str | None:
+    """Say which guest has a device, where there are no guests."""
+    return None
+
+
 def sample(name: str) -> bytes:
     return (SAMPLES / f"{name}.xml").read_bytes()
 
@@ -34,7 +39,7 @@ def test_a_recorded_domain_is_read() -> None:
     read = parse_domain(sample("qemu-prepare-begin.ethernet-managed-no"))
     late = Interface("vmn-late", "52:54:00:7f:01:16", None, None, managed=False)
     assert read == Domain("ethvm", "7f000102-0000-4000-8000-000000000003", (late,))
-    assert read.guest_name(late) == "late"
+    assert read.guest_name(late, nobody) == "late"
 
 
 @pytest.mark.parametrize("name", ["qemu-prepare-begin", "qemu-release-end", "qemu-reconnect-begin"])
@@ -52,15 +57,15 @@ def test_options_of_an_interface_are_read() -> None:
 
 def test_any_guest_name_is_read_off_its_device() -> None:
     read = parse_domain(domain(ethernet("vmn-a--b")))
-    assert read.guest_name(read.interfaces[0]) == "a--b"
+    assert read.guest_name(read.interfaces[0], nobody) == "a--b"
 
 
 def test_a_device_too_long_for_its_guest_is_the_domains() -> None:
     name = "a-domain-with-a-long-name"
     read = parse_domain(domain(ethernet(device_name(name)), ethernet("vmn-ab_cdefghij"), name=name))
-    assert read.guest_name(read.interfaces[0]) == name
+    assert read.guest_name(read.interfaces[0], nobody) == name
     with pytest.raises(UsageError, match="vmn-ab_cdefghij"):
-        read.guest_name(read.interfaces[1])
+        read.guest_name(read.interfaces[1], nobody)
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def test_what_takes_the_place_of_another_is_the_same_to_the_guest() -> None:
 def test_a_guest_that_its_device_does_not_tell_is_known_by_its_record() -> None:
     xml = document("web", [("network", SOURCES[2]), ("network", SOURCES[2])])
     records = {"shop": DomainRecord("shop", UUID, mac(0), "web", made=True, gone=None)}
-    domain = told("web", xml, xml).known(records)
+    domain = told("web", xml, xml).known(records, lambda _: None)
     assert [(one.guest, live, config) for one, live, config in domain.ours] == [("shop", True, True), ("", True, True)]
     there = plan_attach(domain, "shop")
     assert (there.live, there.config) == (False, False)

@@ -32,7 +32,7 @@ _NO_HOOK = {"what": "libvirt's hook is not installed", "hint": "vmnet hooks inst
 
 def show_status(engine: Engine, uri: str, *, as_json: bool) -> None:
     """Print what libvirt has of vmnet's; root takes note of domains that are gone."""
-    domains = [one.known(engine.domains()) for one in look(uri)]
+    domains = [one.known(engine.domains(), engine.guest_on) for one in look(uri)]
     now = time.time()
     # Another libvirt's domains say nothing about those that the hook was called for.
     is_own = uri == SYSTEM
@@ -140,7 +140,7 @@ class Attaching:
         engine.platform.need_rights()
         self._engine, self._uri = engine, uri
         [found] = look(uri, domain)
-        self._domain = found.known(engine.domains())
+        self._domain = found.known(engine.domains(), engine.guest_on)
         self._gift = self._plan(name)
 
     def _plan(self, name: str | None) -> Gift | None:

@@ -4,7 +4,7 @@ Formats: libvirt's formatdomain, and its hooks' standard input. What vmnet does 
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from xml.etree.ElementTree import Element, TreeBuilder
@@ -49,11 +49,12 @@ class Domain:
     uuid: str
     interfaces: tuple[Interface, ...]
 
-    def guest_name(self, interface: Interface) -> str | None:
+    def guest_name(self, interface: Interface, guest_on: Callable[[str], str | None]) -> str | None:
         """Return the name of the guest behind an interface; None where that depends on which guests there are.
 
         The metadata say it, or the device, which bears the guest's name, or what a name too long for it becomes: then
-        it is the domain's. Raises UsageError for a device that cannot be a guest's.
+        it is the domain's, or that of a guest which is there, as `guest_on` tells. Raises UsageError for a device that
+        cannot be a guest's.
         """
         if interface.name is not None:
             return check_name(interface.name)
@@ -64,9 +65,12 @@ class Domain:
             with suppress(UsageError):
                 if device_name(check_name(name)) == interface.device:
                     return name
+        if there := guest_on(interface.device):
+            return there
+        name = label(tail) or "NAME"
         raise UsageError(
             f"no guest has the device {interface.device}",
-            hint=f"for a guest NAME the device is vmn-NAME: `vmnet create {label(self.name) or 'NAME'}` tells its own",
+            hint=f"`vmnet create {name}`, and `vmnet show {name} --libvirt` prints its interface",
         )
 
 

@@ -63,7 +63,7 @@ def prepare(engine: Engine, domain: Domain) -> None:
     macs = {one.mac or "" for one in domain.interfaces}
     for one in domain.interfaces:
         key = DomainKey(domain.uuid, one.mac or "", domain.name)
-        name = domain.guest_name(one) or engine.guest_for(key, _label(domain.name), macs)
+        name = domain.guest_name(one, engine.guest_on) or engine.guest_for(key, _label(domain.name), macs)
         if one.managed:
             raise UsageError(
                 f"libvirt would make the device {one.device} itself",
@@ -102,7 +102,7 @@ def _names(engine: Engine, domain: Domain) -> Iterator[str]:
     """Yield the names of a domain's guests that are there."""
     for one in domain.interfaces:
         with suppress(UsageError):
-            name = domain.guest_name(one)
+            name = domain.guest_name(one, engine.guest_on)
             if name:
                 yield name
             elif lease := engine.guest_of(domain.uuid, one.mac or ""):

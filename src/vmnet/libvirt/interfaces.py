@@ -3,7 +3,7 @@
 Formats: libvirt's formatdomain. What vmnet does not know in it is passed over.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from xml.etree.ElementTree import Element, SubElement, tostring
@@ -55,7 +55,7 @@ def read_interfaces(xml: str) -> list[Interface]:
         if one:
             guest = None
             with suppress(UsageError):
-                guest = domain.guest_name(one)
+                guest = domain.guest_name(one, lambda _: None)
             read = replace(read, is_ours=True, guest=guest or "", managed=one.managed, queues=one.queues, mtu=one.mtu)
         else:
             queues, mtu = _attribute(element, "driver", "queues"), _attribute(element, "mtu", "size")
@@ -119,13 +119,18 @@ class Domain:
         """Say whether any of its interfaces is on a network of libvirt's."""
         return any(one.network == network for one in (*self.live, *self.config))
 
-    def known(self, records: Mapping[str, DomainRecord]) -> "Domain":
-        """Return the same domain with the names of the guests that only the records tell."""
+    def known(self, records: Mapping[str, DomainRecord], guest_on: Callable[[str], str | None]) -> "Domain":
+        """Return the same domain with the names of the guests that only the records tell.
+
+        They know guests by domain and MAC, and `guest_on` by their devices.
+        """
         names = {(one.uuid, one.mac): name for name, one in records.items()}
 
         def named(interfaces: Sequence[Interface]) -> tuple[Interface, ...]:
             return tuple(
-                replace(one, guest=names.get((self.uuid, one.mac), "")) if one.is_ours and not one.guest else one
+                replace(one, guest=guest_on(one.device) or names.get((self.uuid, one.mac), ""))
+                if one.is_ours and not one.guest
+                else one
                 for one in interfaces
             )
 

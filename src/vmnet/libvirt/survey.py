@@ -54,7 +54,7 @@ def _drift(
     drift = []
     if one.type == "ethernet":
         if not one.guest:
-            drift.append(Drift(f"no guest has the device {one.device}", "for a guest NAME it is vmn-NAME"))
+            return [Drift(f"no guest has the device {one.device}", "vmnet show NAME --libvirt prints that of NAME")]
         if one.managed:
             drift.append(Drift("managed is not 'no'", f"<target dev='{one.device}' managed='no'/>"))
     if seen is None:
@@ -62,7 +62,7 @@ def _drift(
         return drift
     if holder and holder.uuid != domain.uuid:
         drift.append(Drift(f"its record is of another domain, of UUID {holder.uuid}", "give it a guest of its own"))
-    if seen.lease.mac != one.mac:
+    elif seen.lease.mac != one.mac:
         drift.append(Drift(f"its record has the MAC {seen.lease.mac}", f"<mac address='{seen.lease.mac}'/>"))
     if live and seen.state == "down":
         drift.append(Drift("its device is missing", f"vmnet up {one.guest}"))
