@@ -26,6 +26,7 @@ from vmnet.model import (
     Netns,
     NetnsId,
     NoSuchGuest,
+    NoSuchRelay,
     PoolExhausted,
     State,
     UsageError,
@@ -39,7 +40,7 @@ from vmnet.plan import GuestView, dotted, plan_bridge, plan_bridge_removal, shad
 from vmnet.platform import Platform, Report, Resolver
 from vmnet.settings import Paths, Settings
 from vmnet.specs import Asking, GuestSpec
-from vmnet.store import DomainKey, DomainRecord, RecordsUnreadable, Store
+from vmnet.store import DomainKey, DomainRecord, RecordsUnreadable, Relay, Store
 from vmnet.uncarved import Uncarved
 
 # Each time somebody else got further: this many in a row are no coincidence.
@@ -54,6 +55,7 @@ class Seen:
     lease: Lease
     state: State
     loopback: str = "lo"
+    relays: tuple[Relay, ...] = ()
 
     @property
     def device(self) -> str:
@@ -110,12 +112,14 @@ class Engine:
     def look(self, names: Sequence[str] | None = None) -> list[Seen]:
         """Return guests, all or those named, in the order asked for; raises NoSuchGuest."""
         with self._reading() as store:
-            leases = store.leases(names)
+            leases, relays = store.leases(names), store.relays()
             host_right = self._host.is_wished_up(store) and self._host.is_right(store)
         seen = []
         for chunk in chunks(leases):
             views = self.platform.observe_guests(chunk)
-            seen += [self._seen(lease, self._state(lease, views[lease.name], host_right)) for lease in chunk]
+            for lease in chunk:
+                state = self._state(lease, views[lease.name], host_right)
+                seen.append(replace(self._seen(lease, state), relays=tuple(relays.get(lease.name, ()))))
             self.platform.close_places()
         return seen
 
@@ -448,6 +452,49 @@ class Engine:
         address = shadow_of(gateway, self.settings.plane) if lease.mode == "mapped" else gateway
         resolver = Resolver(dotted(address), self.settings.domain, lease.mode)
         self.platform.execute(lease.netns.path, lease.netns.identity, argv, resolver)
+
+    # Ports of aliases
+
+    def relays(self) -> list[tuple[str, Relay]]:
+        """Return what is to be relayed: an address of the host, and which of its ports leads where."""
+        with self._reading() as store:
+            if not self._host.is_wished_up(store):
+                return []
+            relays = store.relays()
+            up = [one for one in store.leases(list(relays)) if one.kind == "alias" and one.wish == "up"]
+            return [(dotted(lease.block.first + 2), one) for lease in up for one in relays[lease.name]]
+
+    def change_relays(
+        self, name: str, add: Collection[Relay] = (), drop: Collection[tuple[int, str]] = (), *, dry_run: bool = False
+    ) -> tuple[list[Relay], list[Relay]]:
+        """Have ports of an alias lead elsewhere, and others, by port and protocol, no more; return who is new and gone.
+
+        Raises Conflict for a guest of another kind, and for a port that leads elsewhere already.
+        """
+        self.platform.need_rights()
+        with self._writing(dry_run) as store:
+            lease = store.leases([name])[0]
+            if lease.kind != "alias":
+                raise Conflict(
+                    f"{name} is a {lease.kind}: it has ports of its own", hint="relays are for guests of kind alias"
+                )
+            there = store.relays().get(name, [])
+            held = {(one.port, one.protocol): one for one in there}
+            for one in add:
+                other = held.get((one.port, one.protocol))
+                if other and other != one:
+                    raise Conflict(
+                        f"port {one.port}/{one.protocol} of {name} leads to {other.target}:{other.target_port} already",
+                        hint=f"vmnet unrelay {name} {one.port}/{one.protocol} first",
+                    )
+            for port, protocol in drop:
+                if (port, protocol) not in held:
+                    raise NoSuchRelay(f"port {port}/{protocol} of {name} leads nowhere", hint=f"vmnet show {name}")
+            new = [one for one in dict.fromkeys(add) if one not in there]
+            gone = [held[one] for one in dict.fromkeys(drop)]
+            if not dry_run and (new or gone):
+                store.set_relays(name, sorted([one for one in there if one not in gone] + new))
+            return new, gone
 
     # Guests of libvirt's domains
 

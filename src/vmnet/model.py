@@ -56,6 +56,10 @@ class NoSuchGuest(VmnetError):
     exit_code = 3
 
 
+class NoSuchRelay(NoSuchGuest):
+    """A port leads nowhere."""
+
+
 class Conflict(VmnetError):
     """What was asked for contradicts what exists."""
 

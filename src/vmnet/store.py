@@ -79,6 +79,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         """CREATE TABLE domain (
             name TEXT PRIMARY KEY, uuid TEXT NOT NULL, mac TEXT NOT NULL, domain TEXT NOT NULL,
             made INTEGER NOT NULL, gone REAL) STRICT""",
+        # What of an alias's ports leads elsewhere; it goes with the guest.
+        """CREATE TABLE relay (
+            name TEXT NOT NULL, port INTEGER NOT NULL, protocol TEXT NOT NULL, target TEXT NOT NULL,
+            target_port INTEGER NOT NULL, PRIMARY KEY (name, port, protocol)) STRICT""",
     ),
 )
 
@@ -112,6 +116,19 @@ class DomainRecord(NamedTuple):
     def key(self) -> DomainKey:
         """What tells this interface of libvirt's from another."""
         return DomainKey(self.uuid, self.mac, self.domain)
+
+
+class Relay(NamedTuple):
+    """What comes to `port` of a guest's address goes on to `target_port` of `target`; `protocol` is tcp or udp."""
+
+    port: int
+    protocol: str
+    target: str
+    target_port: int
+
+    def __str__(self) -> str:
+        target = f"[{self.target}]" if ":" in self.target else self.target
+        return f"{self.port}:{target}:{self.target_port}/{self.protocol}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +304,8 @@ class Store:
                 f" SELECT block, name, ?, {_IS_ALLOCATABLE.format('lease.block')} FROM lease WHERE name = ?",
                 [(freed, name) for name in dict.fromkeys(names)],
             )
-            db.executemany("DELETE FROM domain WHERE name = ?", [(name,) for name in names])
+            for table in ("domain", "relay"):
+                db.executemany(f"DELETE FROM {table} WHERE name = ?", [(name,) for name in names])
             db.executemany("DELETE FROM lease WHERE name = ?", [(name,) for name in names])
 
     def domain(self, name: str) -> DomainRecord | None:
@@ -340,6 +358,22 @@ class Store:
             overdue = [one.name for one in _domains(db, "WHERE made AND gone <= ?", before) if one.name in set(names)]
             db.executemany("UPDATE lease SET wish = 'deleting' WHERE name = ?", [(name,) for name in overdue])
             return overdue
+
+    def relays(self) -> dict[str, list[Relay]]:
+        """Return which ports lead elsewhere, by guests' names."""
+        found: dict[str, list[Relay]] = {}
+        with self._reading() as db:
+            columns = "name, port, protocol, target, target_port"
+            for name, *relay in db.execute(f"SELECT {columns} FROM relay ORDER BY name, port, protocol"):
+                found.setdefault(name, []).append(Relay(*relay))
+        return found
+
+    def set_relays(self, name: str, relays: Sequence[Relay]) -> None:
+        """Record that these ports of a guest lead elsewhere, and no others; raises `NoSuchGuest`."""
+        with self._writing() as db:
+            _need_lease(db, name)
+            db.execute("DELETE FROM relay WHERE name = ?", (name,))
+            db.executemany("INSERT INTO relay VALUES (?, ?, ?, ?, ?)", [(name, *one) for one in relays])
 
     def has_libvirts(self) -> bool:
         """Say whether there are guests whose taps libvirt makes."""

@@ -20,6 +20,7 @@ from vmnet.model import Conflict, Lease, VmnetError
 from vmnet.ops import ForgetFlows, Op, RunAnswers
 from vmnet.platform import EventSource, Glance, Heard, Report
 from vmnet.signs import Service, Signs
+from vmnet.store import Relay
 from vmnet.truces import LIMIT, Truces
 
 INTERVAL = 15.0
@@ -54,6 +55,14 @@ class Domains(Protocol):
     """Who tells which domains libvirt has; see vmnet.libvirt.listen."""
 
     def hear(self, *, wanted: bool) -> frozenset[str] | None: ...
+    def close(self) -> None: ...
+
+
+class Relaying(Protocol):
+    """Who relays ports of aliases; see vmnet.relay."""
+
+    def want(self, ports: Collection[tuple[str, Relay]]) -> None: ...
+    def problems(self) -> Collection[str]: ...
     def close(self) -> None: ...
 
 
@@ -119,6 +128,7 @@ class Watcher:
     clocks: Callable[[], Clocks] = read_clocks
     truces: Truces = field(default_factory=Truces)
     domains: Domains | None = None
+    relaying: Relaying | None = None
     _engine: Engine = field(init=False)
     _events: EventSource = field(init=False)
     _opened: ExitStack = field(init=False, default_factory=ExitStack)
@@ -132,6 +142,7 @@ class Watcher:
     _wrong: dict[str, str] = field(init=False, default_factory=dict)
     _warnings: set[str] = field(init=False, default_factory=set)
     _warned: set[str] = field(init=False, default_factory=set)
+    _unrelayed: frozenset[str] = field(init=False, default=frozenset())
     _code: tuple[int, ...] = field(init=False, default_factory=_code_stamp)
     _newer: tuple[tuple[int, ...], float] | None = field(init=False, default=None)
     _has_jumped: bool = field(init=False, default=False)
@@ -177,8 +188,9 @@ class Watcher:
     def _close(self) -> None:
         self._hearing.close()
         self._opened.close()
-        if self.domains:
-            self.domains.close()
+        for helper in (self.domains, self.relaying):
+            if helper:
+                helper.close()
 
     def _wait_to_lead(self, lead: "_Lead") -> bool:
         """Wait while another watcher is at work, to take over from it; say whether it came to that."""
@@ -302,9 +314,7 @@ class Watcher:
             self._events.attend(self._engine.answerer())
         self._tell(cause, heard.programs if heard else ())
         self._complain(seen, problems)
-        self._signs.show(
-            len(self._leases or ()), self.truces.held(self._now.steady), sorted({*self._wrong.values(), *self._warned})
-        )
+        self._signs.show(len(self._leases or ()), self.truces.held(self._now.steady), sorted(self._all_wrong()))
 
     def _learn(self) -> tuple[set[str], bool]:
         """Read the records where they have changed; return whose have, and whether records or settings are others."""
@@ -316,6 +326,8 @@ class Watcher:
         known = {one.name: one for one in self._leases or ()}
         self._leases = self._engine.recorded()
         self._has_domains = self.domains is not None and bool(self._engine.domains())
+        if self.relaying:
+            self.relaying.want(self._engine.relays())
         now = {one.name: one for one in self._leases or ()}
         self._events.expect(self._leases or ())
         self._events.attend(self._engine.answerer())
@@ -416,14 +428,18 @@ class Watcher:
 
     def _complain(self, seen: Collection[str] | None, problems: Mapping[str, VmnetError]) -> None:
         """Log what is wrong once, and again only after it was right; `seen` (None: all) is who was looked at."""
-        before = {*self._wrong.values(), *self._warned}
+        before = self._all_wrong()
         kept = {} if seen is None else {name: text for name, text in self._wrong.items() if name not in seen}
         found = {name: f"{name}: {error.message}" if name else error.message for name, error in problems.items()}
         self._wrong = kept | found
         self._warned = set(self._warnings) if seen is None or seen else self._warned | self._warnings
-        for text in sorted({*self._wrong.values(), *self._warned} - before):
+        self._unrelayed = frozenset(self.relaying.problems()) if self.relaying else frozenset()
+        for text in sorted(self._all_wrong() - before):
             self.service.log("wrong", level="error", problem=text)
         self._warnings.clear()
+
+    def _all_wrong(self) -> set[str]:
+        return {*self._wrong.values(), *self._warned, *self._unrelayed}
 
 
 class _Lead:

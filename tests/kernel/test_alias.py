@@ -3,6 +3,8 @@
 import json
 import os
 import socket
+from contextlib import suppress
+from threading import Thread
 
 import pytest
 
@@ -125,3 +127,88 @@ def test_what_needs_a_device_says_that_an_alias_has_none(laptop: Laptop) -> None
         assert "alias" in done.err
     found = laptop.vmnet("run", "job", *ALIAS, "--", "sh", "-c", "echo $VMNET_ADDRESS $VMNET_DEVICE")
     assert found.out == "127.1.0.6 lo\n"
+
+
+def serve(laptop: Laptop, address: str, port: int) -> socket.socket:
+    """Listen there; each connection is sent the port."""
+    listener = laptop.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((address, port))
+    listener.listen()
+
+    def answer() -> None:
+        with suppress(OSError):
+            while True:
+                client = listener.accept()[0]
+                client.sendall(b"%d" % port)
+                client.close()
+
+    Thread(target=answer, daemon=True).start()
+    return listener
+
+
+def asked(laptop: Laptop, port: int, address: str = ADDRESS) -> bytes | None:
+    """Return what is answered at a port, None where nobody listens."""
+    with laptop.socket(socket.AF_INET, socket.SOCK_STREAM) as client:
+        client.settimeout(5)
+        try:
+            client.connect((address, port))
+            return client.recv(100)
+        except OSError:
+            return None
+
+
+def test_ports_of_an_alias_lead_where_they_are_told_to(laptop: Laptop) -> None:
+    laptop.vmnet("create", "web", *ALIAS)
+    told = laptop.vmnet("relay", "web", "80:127.0.0.1:8080", "8081", "--json")
+    assert [(one["port"], one["target_port"]) for one in told.json] == [(80, 8080), (8081, 8081)]
+    assert "no watcher" in told.err
+    with serve(laptop, "127.0.0.1", 8080), serve(laptop, "127.0.0.1", 8081):
+        assert asked(laptop, 80) is None
+        with Watching(laptop) as watcher:
+            assert wait_until(lambda: asked(laptop, 80) == b"8080" and asked(laptop, 8081) == b"8081", 30), (
+                watcher.log()
+            )
+            assert laptop.vmnet("relay", "web", "80:127.0.0.1:8080").err == ""
+            laptop.vmnet("unrelay", "web", "8081")
+            assert wait_until(lambda: asked(laptop, 8081) is None, 30)
+            assert asked(laptop, 80) == b"8080"
+            laptop.vmnet("down", "web")
+            assert wait_until(lambda: asked(laptop, 80) is None, 30)
+            laptop.vmnet("up", "web")
+            assert wait_until(lambda: asked(laptop, 80) == b"8080", 30), watcher.log()
+        with Watching(laptop) as watcher:
+            assert wait_until(lambda: asked(laptop, 80) == b"8080", 30), watcher.log()
+            laptop.vmnet("delete", "web")
+            assert wait_until(lambda: asked(laptop, 80) is None, 30)
+        laptop.vmnet("create", "web", *ALIAS)
+        assert laptop.vmnet("show", "web", "--json").json["relays"] == []
+
+
+def test_a_relay_that_does_not_work_is_told(laptop: Laptop) -> None:
+    laptop.vmnet("create", "web", *ALIAS)
+    laptop.vmnet("relay", "web", "80:127.0.0.1:8080")
+    with serve(laptop, ADDRESS, 80), Watching(laptop, interval=0.2) as watcher:
+        assert wait_until(lambda: f"{ADDRESS}:80" in laptop.vmnet("watch", "--status").out, 30), watcher.log()
+
+
+def test_relays_are_recorded_as_they_were_asked_for(laptop: Laptop) -> None:
+    laptop.vmnet("create", "web", *ALIAS)
+    laptop.vmnet("create", "other", "--kind", "veth")
+    dry = laptop.vmnet("relay", "web", "80:db.example:8080", "--dry-run", check=False)
+    assert (dry.code, dry.out) == (10, "+ relay web 80 to db.example:8080 (tcp)\n")
+    laptop.vmnet("relay", "web", "80:db.example:8080", "53/udp", "80:[::1]:9/udp")
+    relays = ["53:127.0.0.1:53/udp", "80:db.example:8080/tcp", "80:[::1]:9/udp"]
+    assert laptop.vmnet("show", "web", "--json").json["relays"] == relays
+    for words, code, said in (
+        ("relay web 80:db.example:8081", 4, "vmnet unrelay web 80/tcp"),
+        ("relay other 80", 4, "other is a veth"),
+        ("relay nobody 80", 3, "nobody"),
+        ("relay web 0", 2, "is no relay"),
+        ("unrelay web 81", 3, "port 81/tcp of web leads nowhere"),
+    ):
+        done = laptop.vmnet(*words.split(), check=False)
+        assert (done.code, said in done.err) == (code, True), done
+    assert laptop.vmnet("show", "web", "--json").json["relays"] == relays
+    laptop.vmnet("unrelay", "web", "80", "53/udp")
+    assert laptop.vmnet("show", "web", "--json").json["relays"] == relays[2:]

@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "seed": {"model"},
     "signs": {"", "ondisk"},
     "truces": set(),
-    "watch": {"", "engine", "model", "ops", "platform", "signs", "truces"},
+    "watch": {"", "engine", "model", "ops", "platform", "signs", "store", "truces"},
     "relay": {"model", "relay"},
     "hooks": {"", "hooks", "model", "ondisk", "settings", "systemd"},
     "doctor": set(),
@@ -58,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "cli": {
         "", "checkup", "cli", "cloudinit", "darwin", "doctor", "engine", "hooks", "libvirt", "linux", "model", "ops",
-        "plan", "platform", "seed", "settings", "signs", "specs", "systemd", "watch",
+        "plan", "platform", "relay", "seed", "settings", "signs", "specs", "store", "systemd", "watch",
     },
     "libvirt": {"engine", "libvirt", "linux", "model", "ops", "platform", "settings", "specs", "store"},
     "__main__": {"cli", "libvirt"},

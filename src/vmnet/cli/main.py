@@ -47,6 +47,8 @@ Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="Names of gu
 SomeNames = Annotated[list[str] | None, typer.Argument(metavar="[NAME...]", help="Names of guests.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The name of a guest.")]
 Command = Annotated[list[str], typer.Argument(metavar="-- CMD...", help="The command and its arguments.")]
+Ports = Annotated[list[str], typer.Argument(metavar="PORT[:HOST:PORT][/tcp|udp]...", help="What leads where.")]
+OwnPorts = Annotated[list[str], typer.Argument(metavar="PORT[/tcp|udp]...", help="What leads nowhere any more.")]
 Native = Annotated[bool, typer.Option("--native", help="The guest itself has its 127 address.")]
 Mapped = Annotated[bool, typer.Option("--mapped", help="The guest has the shadow, and needs no change.")]
 Address = Annotated[str | None, typer.Option(metavar="A", help="Its address: the third of a /30 of the pool.")]
@@ -356,6 +358,39 @@ def run(
 
 
 app.command()(hooks)
+
+
+@app.command()
+def relay(name: Name, ports: Ports, json_: Json = False, dry_run: DryRun = False, verbose: Verbose = False) -> None:
+    """Have ports of an alias lead elsewhere while vmnet watch runs: to HOST:PORT, or to the same port of 127.0.0.1."""
+    from vmnet.cli.relays import parse_relay
+
+    _change_relays(name, json_, dry_run, verbose, add=[parse_relay(one) for one in ports])
+
+
+@app.command()
+def unrelay(
+    name: Name, ports: OwnPorts, json_: Json = False, dry_run: DryRun = False, verbose: Verbose = False
+) -> None:
+    """Have ports of an alias lead nowhere any more."""
+    from vmnet.cli.relays import parse_relay
+
+    drop = [(one.port, one.protocol) for one in map(parse_relay, ports)]
+    _change_relays(name, json_, dry_run, verbose, drop=drop)
+
+
+def _change_relays(name: str, as_json: bool, dry_run: bool, verbose: bool, **changes: Any) -> None:
+    from vmnet.cli.relays import Change, say_changes
+    from vmnet.signs import read_status
+
+    with _engine(verbose=verbose) as engine:
+        new, gone = engine.change_relays(check_name(name), **changes, dry_run=dry_run)
+        done = [Change(name, one, is_new) for relays, is_new in ((new, True), (gone, False)) for one in relays]
+        if dry_run:
+            _say_plan(done, json_=as_json, verbose=verbose)
+        say_changes(done, as_json=as_json)
+        if new and read_status(engine.paths.run) is None:
+            engine.report.warn("no watcher is at work, who relays: vmnet hooks install sets one up, vmnet watch is one")
 
 
 @app.command()

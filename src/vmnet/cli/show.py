@@ -60,6 +60,7 @@ def as_json(seen: Seen, settings: Settings) -> dict[str, Any]:
         "mtu": lease.mtu,
         "queues": lease.queues,
         "maker": lease.maker,
+        "relays": list(map(str, seen.relays)),
         "state": seen.state,
         "owner": lease.owner,
         "created": lease.created,

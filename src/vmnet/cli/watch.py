@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from vmnet.cli.relays import Relaying
 from vmnet.cli.show import say
 from vmnet.libvirt.listen import Listening
 from vmnet.settings import Paths
@@ -28,10 +29,10 @@ def run(
     for number, order in ((signal.SIGTERM, "stop"), (signal.SIGINT, "stop"), (signal.SIGHUP, "look")):
         signal.signal(number, lambda *_, order=order: setattr(orders, order, True))
     service = Service(as_json=as_json)
-    domains = Listening(writing)
     Watcher(
-        open_engine, service, paths.run, orders, interval=interval, metrics=metrics, domains=domains, **others
-    ).watch()
+        open_engine, service, paths.run, orders, interval=interval, metrics=metrics, domains=Listening(writing),
+        relaying=Relaying(), **others,
+    ).watch()  # fmt: skip
 
 
 def show_status(run: Path, *, as_json: bool) -> int:
