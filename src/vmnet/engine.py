@@ -24,6 +24,7 @@ from vmnet.model import (
     KernelRefused,
     Lease,
     Netns,
+    NetnsGone,
     NetnsId,
     NoSuchGuest,
     NoSuchRelay,
@@ -186,7 +187,7 @@ class Engine:
                 with _unless_overtaken(store, new):
                     store.allocate(requests, pool=self.settings.pool, created=now, aliases=self._most_aliases)
                 try:
-                    self._create_or_undo(store, names, [spec.name for spec in new])
+                    self._create_or_undo(store, names, new)
                 finally:
                     self._names.write(store)  # those undone too: another process may have written them
         except (VmnetError, OSError):
@@ -219,8 +220,8 @@ class Engine:
     def _seen(self, lease: Lease, state: State) -> Seen:
         return Seen(lease, state, self.platform.loopback)
 
-    def _create_or_undo(self, store: Store, names: Sequence[str], new: Sequence[str]) -> None:
-        recorded = store.leases(names)
+    def _create_or_undo(self, store: Store, names: Sequence[str], specs: Sequence[GuestSpec]) -> None:
+        new, recorded = [spec.name for spec in specs], store.leases(names)
         with ExitStack() as stack:
             try:
                 stack.enter_context(self._locks.guests(lease.block.number for lease in recorded))
@@ -240,6 +241,8 @@ class Engine:
             store.set_wish([lease.name for lease in undone], "deleting")
             self._guests.take_down(undone, keep_netns=False)
             store.release([lease.name for lease in undone], freed=time.time())
+        if isinstance(problems[0], NetnsGone) and any(spec.netns is None for spec in specs):
+            raise _Overtaken from problems[0]  # it was that of a guest of the same name, whom somebody was deleting
         raise problems[0]
 
     def _sort(

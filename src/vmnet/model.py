@@ -66,6 +66,10 @@ class Conflict(VmnetError):
     exit_code = 4
 
 
+class NetnsGone(Conflict):
+    """The network namespace of a guest, which somebody else made, is not there any more."""
+
+
 class PoolExhausted(VmnetError):
     """No free block is left in the pool."""
 

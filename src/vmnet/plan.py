@@ -13,7 +13,18 @@ from netaddr import IPNetwork, IPSet
 from vmnet import filters
 from vmnet.firewalls import Bridge, Chain, plan_chains, plan_chains_removal
 from vmnet.ipam import gateway_mac
-from vmnet.model import HOST_PART, LIBVIRT_BRIDGE, LOOPBACK, POOL_SPAN, Block, Conflict, Lease, Maker, NetnsId
+from vmnet.model import (
+    HOST_PART,
+    LIBVIRT_BRIDGE,
+    LOOPBACK,
+    POOL_SPAN,
+    Block,
+    Conflict,
+    Lease,
+    Maker,
+    NetnsGone,
+    NetnsId,
+)
 from vmnet.ops import (
     SCOPE_HOST,
     SCOPE_LINK,
@@ -319,7 +330,7 @@ def plan_guest(desired: Guest, observed: GuestView) -> list[Op]:
             )
         if observed.netns == "absent":
             if not desired.owned_netns:
-                raise Conflict(
+                raise NetnsGone(
                     f"the network namespace {desired.peer.place} of {desired.name} is gone",
                     hint=f"start what made it, or vmnet delete {desired.name}",
                 )

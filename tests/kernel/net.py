@@ -49,7 +49,7 @@ import pytest
 
 import vmnet
 from tests.conftest import is_real_root
-from tests.kernel.machine import Loop, Machine, new_namespace
+from tests.kernel.machine import Loop, Machine, new_namespace, wait_until
 from vmnet.model import LIBVIRT_BRIDGE
 
 FORMS = {
@@ -263,6 +263,8 @@ class Laptop(Machine):
 
     def snapshot(self) -> dict[str, str]:
         """Return all that a visitor could leave behind in the laptop's network, its hosts file included."""
+        # An IPv6 address is so for a moment, and shows no route meanwhile.
+        assert wait_until(lambda: "tentative" not in self.run("ip", "addr"), 30)
         shown = {
             key: self.run(*key.split())
             for key in (

@@ -10,7 +10,7 @@ from vmnet.model import UsageError
 from vmnet.store import Relay
 
 if TYPE_CHECKING:
-    from vmnet.relay import Relays
+    from vmnet.relay.relays import Relays
 
 _FORM = re.compile(r"(\d{1,5})(?::(\[[^\]\s]+\]|[^:\[\]\s/]+):(\d{1,5}))?(?:/(tcp|udp))?", re.ASCII)
 _HERE = "127.0.0.1"
@@ -71,7 +71,8 @@ class Relaying:
         """Relay these ports of addresses, and no others."""
         if self._relays is None and not ports:
             return
-        from vmnet.relay import Forward, Relays  # asyncio takes 40 ms to import
+        from vmnet.relay import Forward
+        from vmnet.relay.relays import Relays  # asyncio takes 40 ms to import
 
         self._relays = self._relays or Relays()
         # What the records hold was parsed before.
