@@ -6,6 +6,7 @@ between the records and the kernel that is acted on. A look at a kernel in which
 
 import fcntl
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -31,6 +32,7 @@ _JUMP = 2.0  # seconds that two clocks may part by between two looks
 _INSIDES = 64
 _HALF_COPIED = 2.0  # seconds that a new version of vmnet has to be all there
 _LINES = 20  # of the log, for one look
+_LOCK = "watch.lock"
 
 
 def _code_stamp() -> tuple[int, ...]:
@@ -188,6 +190,9 @@ class Watcher:
     def _close(self) -> None:
         self._hearing.close()
         self._opened.close()
+        self._end_helpers()
+
+    def _end_helpers(self) -> None:
         for helper in (self.domains, self.relaying):
             if helper:
                 helper.close()
@@ -389,8 +394,7 @@ class Watcher:
         elif self._now.steady - self._newer[1] >= _HALF_COPIED:
             self.service.log("starting anew", reason="vmnet has changed on disk")
             self._hearing.close()
-            if self.domains:
-                self.domains.close()
+            self._end_helpers()
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
         return code != self._code
 
@@ -447,7 +451,7 @@ class _Lead:
 
     def __init__(self, run: Path) -> None:
         run.mkdir(mode=0o755, parents=True, exist_ok=True)
-        self._file = (run / "watch.lock").open("w")
+        self._file = (run / _LOCK).open("a+")
 
     def __enter__(self) -> "_Lead":
         return self
@@ -461,4 +465,18 @@ class _Lead:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
+        self._file.truncate(0)
+        self._file.write(f"{os.getpid()}\n")
+        self._file.flush()
         return True
+
+
+def have_looked(run: Path) -> bool:
+    """Have the watcher look at once, for what no event tells; say whether there is one."""
+    with suppress(OSError, ValueError), (run / _LOCK).open("r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # so it is alive, and the file tells which process it is
+            os.kill(int(file.read()), signal.SIGHUP)
+            return True
+    return False

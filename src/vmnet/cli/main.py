@@ -381,7 +381,7 @@ def unrelay(
 
 def _change_relays(name: str, as_json: bool, dry_run: bool, verbose: bool, **changes: Any) -> None:
     from vmnet.cli.relays import Change, say_changes
-    from vmnet.signs import read_status
+    from vmnet.watch import have_looked
 
     with _engine(verbose=verbose) as engine:
         new, gone = engine.change_relays(check_name(name), **changes, dry_run=dry_run)
@@ -389,7 +389,7 @@ def _change_relays(name: str, as_json: bool, dry_run: bool, verbose: bool, **cha
         if dry_run:
             _say_plan(done, json_=as_json, verbose=verbose)
         say_changes(done, as_json=as_json)
-        if new and read_status(engine.paths.run) is None:
+        if done and not have_looked(engine.paths.run) and new:
             engine.report.warn("no watcher is at work, who relays: vmnet hooks install sets one up, vmnet watch is one")
 
 
