@@ -300,8 +300,12 @@ def test_status_tells_drift(laptop: Laptop, hooked_virt: Libvirtd) -> None:
     virt.virsh("start", "--paused", "web")
     assert drift() == []
     laptop.vmnet("down", "web")
-    assert drift() == ["its device is missing"]
+    assert drift() == ["it has lost its device"]
     laptop.vmnet("up", "web")
+    assert drift() == ["it has lost its device"]
+    virt.virsh("destroy", "web")
+    virt.virsh("start", "--paused", "web")
+    assert drift() == []
     laptop.ip("link set vmn-web down")
     assert drift() == ["its device is not as recorded"]
     virt.virsh("destroy", "web")

@@ -40,7 +40,7 @@ def show_status(engine: Engine, uri: str, *, as_json: bool) -> None:
         engine.heed_domains({one.uuid for one in domains}, now, free=False)
     records = engine.domains()
     guests = {one.lease.name: one for one in engine.look()}
-    found = survey(domains, records, guests)
+    found = survey(domains, records, guests, engine.platform.is_open)
     gone = find_gone(domains, records, guests, engine.settings.libvirt_grace * _DAY, now) if is_own else []
     drift = [] if _is_hook_installed() else [_NO_HOOK]
     if as_json:
@@ -159,7 +159,8 @@ class Attaching:
         if self._gift:
             given = give(self._engine, self._uri, self._gift)
         else:
-            [found] = [found for _, found in survey([self._domain], self._engine.domains(), self._guests())]
+            is_open = self._engine.platform.is_open
+            [found] = [found for _, found in survey([self._domain], self._engine.domains(), self._guests(), is_open)]
             given = Given(
                 self._domain, found[0].seen.lease if found[0].seen else None, found[0].live, found[0].config, False
             )

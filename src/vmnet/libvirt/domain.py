@@ -67,7 +67,7 @@ class Domain:
                     return name
         if there := guest_on(interface.device):
             return there
-        name = label(tail) or "NAME"
+        name = "NAME" if label(tail) != tail else tail
         raise UsageError(
             f"no guest has the device {interface.device}",
             hint=f"`vmnet create {name}`, and `vmnet show {name} --libvirt` prints its interface",

@@ -1,6 +1,6 @@
 """Compare what libvirt has with the records and the kernel: domains, their interfaces of vmnet's, and drift. Pure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from vmnet.engine import Seen
@@ -34,22 +34,26 @@ class Gone(NamedTuple):
 
 
 def survey(
-    domains: Sequence[Domain], records: Mapping[str, DomainRecord], guests: Mapping[str, Seen]
+    domains: Sequence[Domain],
+    records: Mapping[str, DomainRecord],
+    guests: Mapping[str, Seen],
+    is_open: Callable[[str], bool],
 ) -> list[tuple[Domain, list[Found]]]:
-    """Return each domain with its interfaces of vmnet's."""
+    """Return each domain with its interfaces of vmnet's; `is_open` tells whether a program has a device open."""
     found = []
     for domain in domains:
         interfaces = []
         for one, live, config in domain.ours:
             seen = guests.get(one.guest)
-            drift = tuple(_drift(domain, one, seen, records.get(one.guest), live=live))
+            is_lost = live and seen is not None and seen.state != "degraded" and not is_open(seen.lease.device)
+            drift = tuple(_drift(domain, one, seen, records.get(one.guest), live=live, is_lost=is_lost))
             interfaces.append(Found(one, seen, live, config, drift))
         found.append((domain, interfaces))
     return found
 
 
 def _drift(
-    domain: Domain, one: Interface, seen: Seen | None, holder: DomainRecord | None, *, live: bool
+    domain: Domain, one: Interface, seen: Seen | None, holder: DomainRecord | None, *, live: bool, is_lost: bool
 ) -> list[Drift]:
     drift = []
     if one.type == "ethernet":
@@ -64,8 +68,8 @@ def _drift(
         drift.append(Drift(f"its record is of another domain, of UUID {holder.uuid}", "give it a guest of its own"))
     elif seen.lease.mac != one.mac:
         drift.append(Drift(f"its record has the MAC {seen.lease.mac}", f"<mac address='{seen.lease.mac}'/>"))
-    if live and seen.state == "down":
-        drift.append(Drift("its device is missing", f"vmnet up {one.guest}"))
+    if is_lost:
+        drift.append(Drift("it has lost its device", "shut the domain down and start it: only then is a device opened"))
     elif live and seen.state != "up":
         drift.append(Drift("its device is not as recorded", f"vmnet up {one.guest}"))
     return drift
