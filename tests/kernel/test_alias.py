@@ -200,6 +200,7 @@ def test_relays_are_recorded_as_they_were_asked_for(laptop: Laptop) -> None:
     laptop.vmnet("relay", "web", "80:db.example:8080", "53/udp", "80:[::1]:9/udp")
     relays = ["53:127.0.0.1:53/udp", "80:db.example:8080/tcp", "80:[::1]:9/udp"]
     assert laptop.vmnet("show", "web", "--json").json["relays"] == relays
+    assert f"  {', '.join(relays)}\n" in laptop.vmnet("show", "web").out
     for words, code, said in (
         ("relay web 80:db.example:8081", 4, "vmnet unrelay web 80/tcp"),
         ("relay other 80", 4, "other is a veth"),

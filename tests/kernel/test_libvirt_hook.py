@@ -60,6 +60,16 @@ def test_a_guest_with_a_long_name_is_told_by_its_device_whatever_the_domain_is_c
     assert laptop.vmnet("list", "--json").json == [{**made, "state": "down"}, other]
 
 
+@pytest.mark.parametrize("kind", ["veth", "alias"])
+def test_a_guest_that_is_no_vms_does_not_become_the_domains(laptop: Laptop, hook: str, kind: str) -> None:
+    [made] = laptop.vmnet("create", "web", "--kind", kind, "--json").json
+    refused = call(laptop, hook, "prepare")
+    assert (refused.code, refused.out) == (1, "")
+    assert refused.err.startswith(f"vmnet: web is of kind {kind}")
+    assert call(laptop, hook, "release") == Result(0, "", "")
+    assert laptop.vmnet("list", "--json").json == [made]
+
+
 def test_what_a_domain_has_not_claimed_is_not_taken_down(laptop: Laptop, hook: str) -> None:
     laptop.vmnet("create", "web", "--kind", "tap")
     assert call(laptop, hook, "release") == Result(0, "", "")

@@ -139,12 +139,12 @@ def test_programs_get_the_same_words(laptop: Laptop, warm: Warm, tap: None) -> N
 
 
 @pytest.mark.parametrize("option", ["--qemu", "--libvirt"])
-@pytest.mark.parametrize("kind", ["veth", "tun"])
+@pytest.mark.parametrize("kind", ["veth", "tun", "alias"])
 def test_what_is_no_vms_has_none_of_it(laptop: Laptop, warm: Warm, tap: None, kind: str, option: str) -> None:
     warm.vmnet(laptop, "create", "web", "--kind", kind)
     refused = warm.vmnet(laptop, "show", "web", option, check=False)
     assert (refused.code, refused.out) == (4, "")
-    assert refused.err.startswith(f"vmnet: web is a {kind}: no VM has it\n")
+    assert refused.err.startswith(f"vmnet: web is of kind {kind}: no VM has it\n")
 
 
 @pytest.mark.root

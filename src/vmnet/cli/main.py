@@ -208,7 +208,7 @@ def show(
             return
         width = max(map(len, guest))
         for key, value in guest.items():
-            shown = "-" if value is None or value == [] else value
+            shown = "-" if value is None or value == [] else ", ".join(value) if isinstance(value, list) else value
             say(f"{key:<{width}}  {shown}")
 
 

@@ -21,4 +21,4 @@ def libvirt_interface(lease: Lease) -> str:
 def need_tap(lease: Lease) -> None:
     """Raise Conflict for a guest that has no tap."""
     if lease.kind != "tap":
-        raise Conflict(f"{lease.name} is a {lease.kind}: no VM has it", hint="vmnet create NAME makes a tap")
+        raise Conflict(f"{lease.name} is of kind {lease.kind}: no VM has it", hint="vmnet create NAME makes a tap")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from vmnet.engine import Engine
 from vmnet.libvirt.ask import NoAnswer, ask
 from vmnet.libvirt.domain import label
-from vmnet.libvirt.element import libvirt_interface
+from vmnet.libvirt.element import libvirt_interface, need_tap
 from vmnet.libvirt.interfaces import Domain, Gift, replacement
 from vmnet.model import Conflict, Lease, NoSuchGuest, UsageError, VmnetError
 from vmnet.ops import Op
@@ -123,7 +123,9 @@ def _has_open(gift: Gift) -> bool:
 
 
 def _check(engine: Engine, gift: Gift) -> None:
-    """Raise Conflict where the guest belongs to another domain."""
+    """Raise Conflict where the guest is no VM's, or belongs to another domain."""
+    if there := _lease(engine, gift.guest):
+        need_tap(there)
     holder = engine.domains().get(gift.guest)
     if holder and holder.uuid != gift.domain.uuid and holder.domain != gift.domain.name and holder.gone is None:
         raise Conflict(

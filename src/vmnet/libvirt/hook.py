@@ -14,6 +14,7 @@ from typing import TypeAlias
 
 from vmnet.engine import Engine
 from vmnet.libvirt.domain import LARGEST, Domain, Interface, Port, is_our_network, label, parse_domain, parse_port
+from vmnet.libvirt.element import need_tap
 from vmnet.linux.platform import LinuxPlatform
 from vmnet.model import Conflict, NoSuchGuest, UsageError, VmnetError
 from vmnet.platform import Listener
@@ -87,6 +88,7 @@ def _spec(engine: Engine, name: str, one: Interface) -> GuestSpec:
     """Return what to create; of a guest that is there nothing but its kind and queues have to fit."""
     with suppress(NoSuchGuest):
         lease = engine.lease(name)
+        need_tap(lease)
         if one.maker == "vmnet" and lease.queues != (one.queues or 1):
             raise Conflict(
                 f"{name} has {lease.queues} queues, and the domain's interface {one.queues or 1}",

@@ -64,6 +64,8 @@ def _drift(
     if seen is None:
         drift.append(Drift("no record", "libvirt's hook makes it when the domain starts"))
         return drift
+    if seen.lease.kind != "tap":
+        return [Drift(f"its guest is of kind {seen.lease.kind}", "no VM has that: name another device, vmn-NAME")]
     if holder and holder.uuid != domain.uuid:
         drift.append(Drift(f"its record is of another domain, of UUID {holder.uuid}", "give it a guest of its own"))
     elif seen.lease.mac != one.mac:
