@@ -566,7 +566,8 @@ class Engine:
         with self._writing(dry_run=False) as store:
             whose = key._replace(mac=key.mac or found.mac or "")
             store.set_domain(spec.name, whose, spec.maker, made=made and (not lease or lease.wish == "deleting"))
-            self._host.ensure(store)  # libvirt's bridge is part of it from now on
+            if spec.maker == "libvirt":
+                self._host.ensure(store)  # its bridge is part of it from now on
         return found
 
     def assign(self, name: str, key: DomainKey | None) -> None:

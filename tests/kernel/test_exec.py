@@ -38,7 +38,7 @@ def host(laptop: Laptop) -> Laptop:
 
 def state(host: Laptop) -> str:
     """Return what a command may have left behind of its own view."""
-    return host.run("sh", "-c", "cat /proc/mounts; ls -lR /etc/resolv.conf /etc/hosts /run; cat /etc/resolv.conf; :")
+    return host.run("sh", "-c", "cat /proc/mounts; ls -lR --time-style=+ /etc/resolv.conf /etc/hosts /run; cat /etc/resolv.conf; :")
 
 
 @pytest.mark.parametrize("mode", GATEWAYS)
