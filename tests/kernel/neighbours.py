@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import TypeAlias
@@ -205,11 +206,13 @@ class Scene:
         assert set(asked) - reached(asked, asked) == set()
         for guest in self.guests:
             assert guest.udp(self.lab.internet.address) == b"hello"
-            assert ask(guest, guest.guest_gateway, f"{guest.name}.vmnet.internal") == Answer(
-                NOERROR, (guest.guest_address,)
-            )
+            assert wait_until(partial(self._knows_itself, guest), 10)  # dnsmasq reads names when it is told to
             assert guest.ping(self.lab.internet.address)
             assert self.laptop.ping(guest.address)
+
+    def _knows_itself(self, guest: Guest) -> bool:
+        found = ask(guest, guest.guest_gateway, f"{guest.name}.vmnet.internal")
+        return found == Answer(NOERROR, (guest.guest_address,))
 
     def assert_guests_are_closed(self, neighbour: "Neighbour") -> None:
         """Ask what nobody may: LAN and container to guests, guests to the host, and to a container that is closed."""

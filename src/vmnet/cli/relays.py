@@ -55,10 +55,13 @@ def say_changes(changes: Sequence[Change], *, as_json: bool) -> None:
         say(json.dumps([{**one.relay._asdict(), "name": one.name, "new": one.is_new} for one in changes]))
     elif changes:
         rows = [
-            (one.name, str(one.relay.port), one.relay.protocol, one.relay.target, str(one.relay.target_port))
+            (
+                one.name, str(one.relay.port), one.relay.protocol, one.relay.target, str(one.relay.target_port),
+                "relayed" if one.is_new else "ended",
+            )
             for one in changes
-        ]
-        print_table([("NAME", "PORT", "PROTOCOL", "TARGET", "ITS PORT"), *rows])
+        ]  # fmt: skip
+        print_table([("NAME", "PORT", "PROTOCOL", "TARGET", "ITS PORT", "DONE"), *rows])
 
 
 class Relaying:
