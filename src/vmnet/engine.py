@@ -120,7 +120,7 @@ class Engine:
             views = self.platform.observe_guests(chunk)
             for lease in chunk:
                 state = self._state(lease, views[lease.name], host_right)
-                seen.append(replace(self._seen(lease, state), relays=tuple(relays.get(lease.name, ()))))
+                seen.append(self._seen(lease, state, relays.get(lease.name, ())))
             self.platform.close_places()
         return seen
 
@@ -217,8 +217,8 @@ class Engine:
         except NoSuchGuest:  # deleted meanwhile
             return self._seen(lease, "down")
 
-    def _seen(self, lease: Lease, state: State) -> Seen:
-        return Seen(lease, state, self.platform.loopback)
+    def _seen(self, lease: Lease, state: State, relays: Collection[Relay] = ()) -> Seen:
+        return Seen(lease, state, self.platform.loopback, tuple(relays))
 
     def _create_or_undo(self, store: Store, names: Sequence[str], specs: Sequence[GuestSpec]) -> None:
         new, recorded = [spec.name for spec in specs], store.leases(names)
@@ -543,9 +543,10 @@ class Engine:
         """
         with self._reading() as store:
             lease, holder = store.lease(spec.name), store.domain(spec.name)
-            twins = store.leases([name for name, one in store.domains().items() if one.mac == key.mac])
+            others = store.domains() if spec.maker == "libvirt" else {}
+            twins = store.leases([name for name, one in others.items() if one.mac == key.mac])
         for one in twins:
-            if spec.maker == "libvirt" and one.name != spec.name and self.platform.is_open(one.device):
+            if one.name != spec.name and self.platform.is_open(one.device):
                 raise Conflict(
                     f"{one.name}, which runs, has the MAC {key.mac}, too", hint="give each domain a MAC of its own"
                 )

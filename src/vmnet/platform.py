@@ -82,17 +82,13 @@ class EventSource(Protocol):
     def close(self) -> None: ...
 
 
-class Refusal(Protocol):
-    """An op that a platform could not carry out."""
+class Refusal(NamedTuple):
+    """An op that could not be carried out: the number of its list, the op, and why."""
 
-    @property
-    def number(self) -> int: ...
-    @property
-    def op(self) -> Op: ...
-    @property
-    def errno(self) -> int: ...
-    @property
-    def error(self) -> VmnetError: ...
+    number: int
+    op: Op
+    errno: int
+    error: VmnetError
 
 
 class Platform(Protocol):

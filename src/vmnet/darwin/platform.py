@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, NoReturn, Self
+from typing import NoReturn, Self
 
 from netaddr import IPAddress, IPNetwork
 
@@ -21,20 +21,11 @@ from vmnet.darwin.programs import call
 from vmnet.model import HostLacks, KernelRefused, Lease, NetnsId, NotPermitted, UsageError, VmnetError, block_of
 from vmnet.ops import AddAlias, Address, DelAlias, Op
 from vmnet.plan import Found, GuestView, HostView, Use
-from vmnet.platform import EventSource, Glance, Loopback, Resolver
+from vmnet.platform import EventSource, Glance, Loopback, Refusal, Resolver
 
 _LO = "lo0"
 _ALL_ONES = 0xFFFFFFFF
 _NOT_PERMITTED = ("permission denied", "not permitted")  # macOS, in these letters; FreeBSD
-
-
-class Refusal(NamedTuple):
-    """An op that could not be carried out: the number of its list, the op, and why."""
-
-    number: int
-    op: Op
-    errno: int
-    error: VmnetError
 
 
 class DarwinPlatform:

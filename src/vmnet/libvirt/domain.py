@@ -76,9 +76,8 @@ class Domain:
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """A port of a network: the network's name, and whose it is, by the name and UUID of the domain and the MAC."""
+    """A port of the network `vmnet`, by whose it is: the name and UUID of the domain, and the MAC."""
 
-    network: str
     domain: str
     uuid: str
     mac: str
@@ -116,7 +115,6 @@ def parse_port(xml: bytes) -> Port | None:
     if mac is None or not _is_ours(root):
         return None
     return Port(
-        (root.findtext("network/name") or "").strip(),
         (owner.findtext("name") or "").strip(),
         _uuid(owner.findtext("uuid")),
         mac,
@@ -146,8 +144,8 @@ def _interfaces(root: Element) -> Iterator[Interface]:
         yield Interface(
             device=device,
             mac=_mac(one),
-            mtu=_number(_attribute(one, "mtu", "size")),
-            queues=_number(_attribute(one, "driver", "queues")),
+            mtu=parse_number(_attribute(one, "mtu", "size")),
+            queues=parse_number(_attribute(one, "driver", "queues")),
             managed=not on_network and _attribute(one, "target", "managed") != "no",
             maker="libvirt" if on_network else "vmnet",
         )
@@ -197,7 +195,8 @@ def _attribute(element: Element, tag: str, name: str) -> str | None:
     return None if found is None else found.get(name)
 
 
-def _number(text: str | None) -> int | None:
+def parse_number(text: str | None) -> int | None:
+    """Return the number that an attribute says, None where it says none."""
     return int(text) if text is not None and text.isascii() and text.isdecimal() and len(text) < 10 else None
 
 

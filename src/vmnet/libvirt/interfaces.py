@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from xml.etree.ElementTree import Element, SubElement, tostring
 
-from vmnet.libvirt.domain import parse_domain, parse_root
+from vmnet.libvirt.domain import parse_domain, parse_number, parse_root
 from vmnet.model import UsageError
 from vmnet.store import DomainRecord
 
@@ -44,23 +44,23 @@ def read_interfaces(xml: str) -> list[Interface]:
         mac, network = _attribute(element, "mac", "address").lower(), _attribute(element, "source", "network")
         # One that runs on a network with a bridge of its own is told as one of type bridge.
         type_ = "network" if network else element.get("type", "")
-        read = Interface(
-            type=type_,
-            network=network,
-            device=_attribute(element, "target", "dev"),
-            mac=mac,
-            is_ours=False,
-        )
         one = ours.get((mac, "vmnet" if type_ == "ethernet" else "libvirt"))
-        if one:
-            guest = None
-            with suppress(UsageError):
-                guest = domain.guest_name(one, lambda _: None)
-            read = replace(read, is_ours=True, guest=guest or "", managed=one.managed, queues=one.queues, mtu=one.mtu)
-        else:
-            queues, mtu = _attribute(element, "driver", "queues"), _attribute(element, "mtu", "size")
-            read = replace(read, queues=_number(queues), mtu=_number(mtu))
-        found.append(read)
+        guest = None
+        with suppress(UsageError):
+            guest = domain.guest_name(one, lambda _: None) if one else None
+        found.append(
+            Interface(
+                type=type_,
+                network=network,
+                device=_attribute(element, "target", "dev"),
+                mac=mac,
+                is_ours=one is not None,
+                guest=guest or "",
+                managed=one is not None and one.managed,
+                queues=parse_number(_attribute(element, "driver", "queues")),
+                mtu=parse_number(_attribute(element, "mtu", "size")),
+            )
+        )
     return found
 
 
@@ -83,10 +83,6 @@ def _elements(root: Element) -> Iterator[Element]:
 def _attribute(element: Element, tag: str, name: str) -> str:
     found = element.find(tag)
     return "" if found is None else found.get(name, "")
-
-
-def _number(text: str) -> int | None:
-    return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -83,6 +82,7 @@ from vmnet.ops import (
     WriteNames,
 )
 from vmnet.plan import HOST
+from vmnet.platform import Refusal
 
 _TUN_DEVICE = "/dev/net/tun"
 # include/uapi/linux/if_tun.h
@@ -120,16 +120,6 @@ _Direct: TypeAlias = (
     AddNetns | DelNetns | AddTun | PersistTun | OwnTap | SetSysctl | LoadRules | DelRules | ForgetFlows | PutRules
     | WriteNames | WriteAnswers | RunAnswers | EndAnswers
 )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """An op that could not be carried out: the number of its list, the op, and why."""
-
-    number: int
-    op: Op
-    errno: int
-    error: VmnetError
 
 
 def apply(places: Places, lists: Sequence[Sequence[Op]], done: Callable[[Op], None]) -> list[Refusal]:

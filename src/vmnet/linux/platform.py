@@ -9,13 +9,13 @@ from typing import NoReturn, Self
 from netaddr import IPNetwork
 
 from vmnet.linux import enter, nft, observe
-from vmnet.linux.apply import Refusal, apply
+from vmnet.linux.apply import apply
 from vmnet.linux.iptables import Chains
 from vmnet.linux.places import NAMED, Places, boot_id, identify, owned_from_here
 from vmnet.model import Lease, NetnsId, NotPermitted
 from vmnet.ops import DelLink, DelNetns, Op
 from vmnet.plan import HOST, Found, GuestView, HostView, Use, plan_left
-from vmnet.platform import EventSource, Glance, Loopback, Resolver
+from vmnet.platform import EventSource, Glance, Loopback, Refusal, Resolver
 
 _CAP_NET_ADMIN, _CAP_SYS_ADMIN = 12, 21
 
