@@ -1,6 +1,6 @@
 """The settings: what is left out has its default, what is there is right or named, and nothing else happens."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -190,8 +190,7 @@ def test_any_value_is_taken_as_it_is_or_refused_by_name(
     except UsageError as error:
         assert any(key in error.message for key in (*values, "group_native"))  # noqa: PT017 - what it says, if it does
         return
-    held = {**asdict(settings.plane), "domain": settings.domain, "mtu": settings.mtu}
-    held |= {"guard_forwarding": settings.guard_forwarding, "libvirt_grace": settings.libvirt_grace}
+    held = {**asdict(settings.plane), **{one.name: getattr(settings, one.name) for one in fields(settings)}}
     for key, value in values.items():
         if key not in ("pool", "reserved"):
             assert held[key] == value
