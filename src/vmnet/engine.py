@@ -20,6 +20,8 @@ from vmnet.hostpart import HostPart
 from vmnet.locks import Locks
 from vmnet.model import (
     NAME_MAX,
+    POOL_BLOCKS,
+    Block,
     Conflict,
     KernelRefused,
     Lease,
@@ -28,6 +30,7 @@ from vmnet.model import (
     NetnsId,
     NoSuchGuest,
     NoSuchRelay,
+    NotPermitted,
     PoolExhausted,
     State,
     UsageError,
@@ -41,7 +44,7 @@ from vmnet.plan import GuestView, dotted, plan_bridge, plan_bridge_removal, shad
 from vmnet.platform import Platform, Report, Resolver
 from vmnet.settings import Paths, Settings
 from vmnet.specs import Asking, GuestSpec
-from vmnet.store import DomainKey, DomainRecord, RecordsUnreadable, Relay, Store
+from vmnet.store import DomainKey, DomainRecord, Limits, RecordsUnreadable, Relay, Store, need_own
 from vmnet.uncarved import Uncarved
 
 # Each time somebody else got further: this many in a row are no coincidence.
@@ -79,7 +82,11 @@ class _Overtaken(Exception):
 
 @dataclass
 class Engine:
-    """The loop. `caller` is the uid that owns new guests by default."""
+    """The loop. `caller` is the uid that owns new guests by default.
+
+    `on_behalf` is the uid of a user without root, who gets at no guest of anybody else's and not at the host part: that
+    raises NotPermitted.
+    """
 
     platform: Platform
     settings: Settings
@@ -87,6 +94,7 @@ class Engine:
     report: Report
     caller: int = 0
     holds_back: Callable[[Op], bool] = lambda _: False
+    on_behalf: int | None = None
     _here: NetnsId = field(init=False)
     _locks: Locks = field(init=False)
     _asking: Asking = field(init=False)
@@ -161,7 +169,7 @@ class Engine:
     ) -> tuple[list[Lease], list[Op]]:
         new, _ = self._sort(store, specs, dry_run=True)
         requests = [self._asking.request(spec) for spec in new]
-        preview = store.preview(requests, pool=self.settings.pool, created=_now(), aliases=self._most_aliases)
+        preview = store.preview(requests, pool=self.settings.pool, created=_now(), limits=self._limits)
         old = [lease for lease in store.leases() if lease.name in set(names)]
         problems: dict[str, VmnetError] = {}
         ops = self._host.plan_up(store) + self._guests.plan_up([*old, *preview], problems)
@@ -176,16 +184,16 @@ class Engine:
         if load_found(self.paths.run, self._here) is None:
             # What cannot be recorded is refused before the host is carved.
             with _unless_overtaken(store, new):
-                store.preview(requests, pool=self.settings.pool, created=now, aliases=self._most_aliases)
+                store.preview(requests, pool=self.settings.pool, created=now, limits=self._limits)
         for name, netns in rebound.items():
             store.set_netns({name: netns})
-        carved = self._host.ensure(store)
+        carved = self._ensure_host(store)
         try:
             with self._locks.host(shared=True):
                 if not self._host.is_wished_up(store):
                     raise _Overtaken
                 with _unless_overtaken(store, new):
-                    store.allocate(requests, pool=self.settings.pool, created=now, aliases=self._most_aliases)
+                    store.allocate(requests, pool=self.settings.pool, created=now, limits=self._limits)
                 try:
                     self._create_or_undo(store, names, new)
                 finally:
@@ -199,9 +207,22 @@ class Engine:
         return store.leases(names)
 
     @property
-    def _most_aliases(self) -> int | None:
-        """How many aliases there may be; None where any number does."""
-        return None if self.platform.carves else self.settings.alias_budget
+    def _limits(self) -> Limits:
+        """How many guests there may be: of aliases any number where the system has other kinds, too."""
+        return Limits(
+            aliases=None if self.platform.carves else self.settings.alias_budget,
+            owned=None if self.on_behalf is None else self.settings.user_guests,
+        )
+
+    def _ensure_host(self, store: Store) -> bool:
+        """Make the host part, and say whether it was not there at all; for a user only where root wants it there."""
+        if self.on_behalf is None:
+            return self._host.ensure(store)
+        if not self._host.is_wished_up(store):
+            raise NotPermitted("the host is not carved, and only root may carve it", hint="sudo vmnet carve")
+        if not self._host.is_right(store):
+            self._host.ensure(store, if_wished=True)
+        return False
 
     def create_and_look(self, specs: Sequence[GuestSpec]) -> list[Seen]:
         """Make guests as `create` does and say how they are: those to be up were seen to be, or it raises."""
@@ -226,8 +247,8 @@ class Engine:
             try:
                 stack.enter_context(self._locks.guests(lease.block.number for lease in recorded))
             except VmnetError:  # of a caller whose time was up while this waited
-                ours = [lease.name for lease in recorded if lease.name in new and store.lease(lease.name) == lease]
-                store.set_wish(ours, "deleting", gone_ok=True)
+                made = [lease.name for lease in recorded if lease.name in new and store.lease(lease.name) == lease]
+                store.set_wish(made, "deleting", gone_ok=True)
                 raise
             problems: list[Exception] = []
             try:
@@ -237,7 +258,9 @@ class Engine:
                 problems.append(error)
             if not problems:
                 return
-            undone = [lease for lease in store.leases(new) if lease.wish != "deleting"]
+            # One that somebody has deleted and made anew meanwhile has another block, or is not of this call.
+            ours = {lease.name: lease.block for lease in recorded}
+            undone = [one for one in store.leases(new) if one.wish != "deleting" and one.block == ours[one.name]]
             store.set_wish([lease.name for lease in undone], "deleting")
             self._guests.take_down(undone, keep_netns=False)
             store.release([lease.name for lease in undone], freed=time.time())
@@ -252,6 +275,8 @@ class Engine:
         new, rebound = [], {}
         for spec in specs:
             lease = store.lease(spec.name)
+            if lease:
+                need_own(lease, self.on_behalf)
             if lease and lease.wish == "deleting":
                 if dry_run:
                     raise Conflict(f"the deletion of {lease.name} is not finished", hint="vmnet up finishes it")
@@ -276,16 +301,25 @@ class Engine:
         with self._writing(dry_run) as store:
             if names is not None and if_exists:
                 names = [name for name in names if store.lease(name)]
-            leases = store.leases(list(dict.fromkeys(names)) if names is not None else None)
+            leases = self._own(store, list(dict.fromkeys(names)) if names is not None else None)
             if dry_run:
                 gone = {lease.name for lease in leases}
                 ops = self._guests.plan_down(leases, keep_netns=False)
                 return sorted(gone), ops + self._names.plan([one for one in store.leases() if one.name not in gone])
-            store.set_wish([lease.name for lease in leases], "deleting", gone_ok=True)
+            store.set_wish([lease.name for lease in leases], "deleting", gone_ok=True, owner=self.on_behalf)
             with self._locks.host(shared=True):
                 self._finish_deletion(store, leases)
                 self._names.write(store)
             return [lease.name for lease in leases], []
+
+    def _own(self, store: Store, names: Sequence[str] | None) -> list[Lease]:
+        """Return the leases of `names`, or all that the caller may touch; raises NotPermitted for one of others."""
+        leases = store.leases(names)
+        if names is None and self.on_behalf is not None:
+            return [lease for lease in leases if lease.owner == self.on_behalf]
+        for lease in leases:
+            need_own(lease, self.on_behalf)
+        return leases
 
     def _finish_deletion(self, store: Store, leases: Sequence[Lease]) -> None:
         with self._locks.guests(lease.block.number for lease in leases):
@@ -300,7 +334,7 @@ class Engine:
         """Make the kernel match the records: the guests named, or all of vmnet. Returns the ops of a dry run."""
         self.platform.need_rights()
         with self._writing(dry_run) as store:
-            leases = store.leases(names)
+            leases = self._own(store, names)
             if dry_run:
                 problems: dict[str, VmnetError] = {}
                 wanted = [replace(one, wish="up") if one.wish == "down" else one for one in leases]
@@ -310,8 +344,9 @@ class Engine:
                 for name, problem in problems.items():
                     self.report.warn(f"{name}: {problem.message}")
                 return ops
-            store.set_wish([lease.name for lease in leases if lease.wish == "down"], "up", gone_ok=True)
-            self._host.ensure(store)
+            down = [lease.name for lease in leases if lease.wish == "down"]
+            store.set_wish(down, "up", gone_ok=True, owner=self.on_behalf)
+            self._ensure_host(store)
             self.converge(store, names)
             return []
 
@@ -431,11 +466,12 @@ class Engine:
             return self.restore(dry_run=dry_run)
         self.platform.need_rights()
         with self._writing(dry_run) as store:
-            leases = store.leases(names)
+            leases = self._own(store, names)
             if dry_run:
                 rest = [replace(lease, wish="down") if lease in leases else lease for lease in store.leases()]
                 return self._guests.plan_down(leases, keep_netns=True) + self._names.plan(rest)
-            store.set_wish([lease.name for lease in leases if lease.wish == "up"], "down", gone_ok=True)
+            up = [lease.name for lease in leases if lease.wish == "up"]
+            store.set_wish(up, "down", gone_ok=True, owner=self.on_behalf)
             self.converge(store, names)
             return []
 
@@ -498,6 +534,21 @@ class Engine:
             if not dry_run and (new or gone):
                 store.set_relays(name, sorted([one for one in there if one not in gone] + new))
             return new, gone
+
+    def rehearse(self) -> None:
+        """Go the ways that making and deleting a guest go, for one that there is not, and change nothing.
+
+        A process that has done so has all that these need in memory.
+        """
+        name = "rehearsal"
+        lease = Lease(name, Block(POOL_BLOCKS - 1), "veth", "native", "02:00:00:00:00:01", 1500, 0, 1, None, "up", "")
+        with self._reading() as store:
+            self._sort(store, [GuestSpec(name)], dry_run=True)
+            self._host.is_wished_up(store)
+            self._host.is_right(store)
+            problems: dict[str, VmnetError] = {}
+            self._guests.plan_up([lease], problems)
+            self._guests.plan_down([lease], keep_netns=False)
 
     # Guests of libvirt's domains
 

@@ -58,6 +58,7 @@ class Settings:
     domain: str = "vmnet.internal"
     mtu: int = USUAL_MTU
     alias_budget: int = 254
+    user_guests: int = 64
     guard_forwarding: bool = True
     libvirt_grace: float = 7
     pool: Pool = field(default_factory=Pool)
@@ -161,6 +162,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "pool": (_is_texts, 'a list of networks such as ["127.1.0.0/16"]'),
     "reserved": (_is_texts, 'a list of networks such as ["127.1.27.0/24"]'),
     "shadow": (_between(240, 254), "the first octet of a /8, 240 to 254"),
+    "user_guests": (_between(0, 1_000_000), "a number from 0 to 1000000"),
 }
 KEYS = tuple(_RULES)
 _PLANE_KEYS = ("shadow", "mark", "group_mapped", "group_native", "dns_port")

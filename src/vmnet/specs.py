@@ -18,7 +18,8 @@ _DEFAULT_MODES: dict[Kind, Mode] = {"tap": "mapped", "veth": "native", "tun": "n
 class GuestSpec:
     """What the caller asks a guest to be; None leaves a property to its default, or as it is.
 
-    `new`: there must be no guest of that name yet. `maker`: who makes the device of a guest that is new.
+    `new`: there must be no guest of that name yet. `maker`: who makes the device of a guest that is new. `place`: which
+    namespace `netns` must lead to.
     """
 
     name: str
@@ -32,6 +33,7 @@ class GuestSpec:
     queues: int | None = None
     new: bool = False
     maker: Maker = "vmnet"
+    place: NetnsId | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ class Asking:
         if path is None or lease.netns is None or lease.netns.owned:
             return None
         found = self.identify(path)
-        if found is None:
+        if found is None or (spec.place and found != spec.place):
             raise Conflict(f"there is no network namespace at {path}", hint="start what makes it first")
         if found == lease.netns.identity:
             return None
@@ -123,6 +125,8 @@ class Asking:
                 )
             if found == self.here:
                 raise Conflict(f"{path} is the host's own network namespace", hint="give the guest one of its own")
+            if spec.place and found != spec.place:
+                raise Conflict(f"{path} leads to another network namespace than a moment ago", hint="try again")
             netns = Netns(path, found is None, found)
         return LeaseRequest(
             name=spec.name,

@@ -13,6 +13,7 @@ import fcntl
 import os
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -166,6 +167,13 @@ class Reservation:
     reason: str
 
 
+class Limits(NamedTuple):
+    """How many aliases there may be, and how many guests `owned` by one user; None: any number."""
+
+    aliases: int | None = None
+    owned: int | None = None
+
+
 class Store:
     """The records in one directory; made by `open`, and a context manager that closes itself."""
 
@@ -255,7 +263,7 @@ class Store:
             return _number(db.execute("SELECT count(*) FROM lease"))
 
     def allocate(
-        self, requests: Sequence[LeaseRequest], *, pool: Pool, created: str, aliases: int | None = None
+        self, requests: Sequence[LeaseRequest], *, pool: Pool, created: str, limits: Limits | None = None
     ) -> list[Lease]:
         """Give a block to each of `requests` and return the leases in the same order: all of them, or none.
 
@@ -265,25 +273,31 @@ class Store:
 
         Raises `Conflict` for a name that has a lease and for an address that is held or reserved, `UsageError` for
         an address that cannot be a guest's, `PoolExhausted` when too few blocks are free, or when there would be more
-        than so many `aliases`, of guests that are down included.
+        guests than `limits` allow, those that are down included.
         """
         with self._writing() as db:
-            return _allocate(db, requests, pool, created, aliases)
+            return _allocate(db, requests, pool, created, limits)
 
     def preview(
-        self, requests: Sequence[LeaseRequest], *, pool: Pool, created: str, aliases: int | None = None
+        self, requests: Sequence[LeaseRequest], *, pool: Pool, created: str, limits: Limits | None = None
     ) -> list[Lease]:
         """Return and raise what `allocate` would, and write nothing; works on a copy in memory of all records."""
         with self._reading() as db, closing(_copy_to_memory(db)) as copy:
-            return _allocate(copy, requests, pool, created, aliases)
+            return _allocate(copy, requests, pool, created, limits)
 
-    def set_wish(self, names: Sequence[str], wish: Wish, *, gone_ok: bool = False) -> None:
-        """Record `wish` for all of `names`; a name without a lease raises `NoSuchGuest`, or is passed over."""
+    def set_wish(self, names: Sequence[str], wish: Wish, *, gone_ok: bool = False, owner: int | None = None) -> None:
+        """Record `wish` for all of `names`; a name without a lease raises `NoSuchGuest`, or is passed over.
+
+        With `owner` all must be of that uid: the first that is not raises `NotPermitted`, and nothing is recorded.
+        """
         with self._writing() as db:
             for name in names:
-                found = db.execute("UPDATE lease SET wish = ? WHERE name = ?", (wish, name)).rowcount
-                if not found and not gone_ok:
+                lease = _find_lease(db, name)
+                if lease:
+                    need_own(lease, owner)
+                elif not gone_ok:
                     raise _no_such_guest(name)
+                db.execute("UPDATE lease SET wish = ? WHERE name = ?", (wish, name))
 
     def set_netns(self, places: Mapping[str, Netns]) -> None:
         """Record where guests live now, by name, all or none; raise `NoSuchGuest` for a name without a lease."""
@@ -464,10 +478,10 @@ def _domains(db: sqlite3.Connection, which: str, *values: object) -> Iterator[Do
 
 
 def _allocate(
-    db: sqlite3.Connection, requests: Sequence[LeaseRequest], pool: Pool, created: str, aliases: int | None
+    db: sqlite3.Connection, requests: Sequence[LeaseRequest], pool: Pool, created: str, limits: Limits | None
 ) -> list[Lease]:
-    if aliases is not None:
-        _need_room(db, sum(request.kind == "alias" for request in requests), aliases)
+    if limits:
+        _need_room(db, requests, limits)
     _adopt_pool(db, pool)
     blocks: dict[str, int] = {}
     for request in requests:
@@ -489,16 +503,28 @@ def _allocate(
     return leases
 
 
-def _need_room(db: sqlite3.Connection, wanted: int, aliases: int) -> None:
-    """Raise PoolExhausted where `wanted` more would be more than so many aliases."""
-    there = _number(db.execute("SELECT count(*) FROM lease WHERE kind = 'alias'"))
-    if wanted and there + wanted > aliases:
-        raise PoolExhausted(
-            f"{there} aliases are there and {wanted} are asked for: more than the {aliases} that alias_budget allows",
-            hint="vmnet delete gives one back; or set a larger alias_budget in the file of settings: before macOS 14.1"
-            " each alias is one more interface for mDNSResponder to announce all services on, and all programs that"
-            " walk the addresses get slower",
-        )
+def _need_room(db: sqlite3.Connection, requests: Sequence[LeaseRequest], limits: "Limits") -> None:
+    """Raise PoolExhausted where there would be more guests than `limits` allow."""
+    if limits.aliases is not None:
+        wanted = sum(request.kind == "alias" for request in requests)
+        there = _number(db.execute("SELECT count(*) FROM lease WHERE kind = 'alias'"))
+        if wanted and there + wanted > limits.aliases:
+            raise PoolExhausted(
+                f"{there} aliases are there and {wanted} are asked for: more than the {limits.aliases} that"
+                " alias_budget allows",
+                hint="vmnet delete gives one back; or set a larger alias_budget in the file of settings: before macOS"
+                " 14.1 each alias is one more interface for mDNSResponder to announce all services on, and all"
+                " programs that walk the addresses get slower",
+            )
+    if limits.owned is not None:
+        for owner, wanted in Counter(request.owner for request in requests).items():
+            there = _number(db.execute("SELECT count(*) FROM lease WHERE owner = ?", (owner,)))
+            if there + wanted > limits.owned:
+                raise PoolExhausted(
+                    f"uid {owner} has {there} guests and asks for {wanted}: more than the {limits.owned} that"
+                    " user_guests allows",
+                    hint="vmnet delete gives one back; root may set a larger user_guests in the file of settings",
+                )
 
 
 def _take_address(db: sqlite3.Connection, address: IPAddress, pool: Pool) -> int:
@@ -650,6 +676,12 @@ def _need_lease(db: sqlite3.Connection, name: str) -> Lease:
     if lease is None:
         raise _no_such_guest(name)
     return lease
+
+
+def need_own(lease: Lease, owner: int | None) -> None:
+    """Raise `NotPermitted` unless the guest is that uid's; None is whoever may touch them all."""
+    if owner is not None and lease.owner != owner:
+        raise NotPermitted(f"{lease.name} is a guest of uid {lease.owner}", hint="root may do that: run it with sudo")
 
 
 def _no_such_guest(name: str) -> NoSuchGuest:

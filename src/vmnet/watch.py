@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 
 from vmnet import __version__
 from vmnet.engine import Engine, Stamp
+from vmnet.freshness import Freshness
 from vmnet.model import Conflict, Lease, VmnetError
 from vmnet.ops import ForgetFlows, Op, RunAnswers
 from vmnet.platform import EventSource, Glance, Heard, Report
@@ -30,23 +31,8 @@ _SETTLE, _LONGEST_GAP, _QUIET = 0.01, 0.6, 1.0
 _JUMP = 2.0  # seconds that two clocks may part by between two looks
 # The namespaces of so many guests are looked into at each look, the others in turn: each takes 0.1 ms.
 _INSIDES = 64
-_HALF_COPIED = 2.0  # seconds that a new version of vmnet has to be all there
 _LINES = 20  # of the log, for one look
 _LOCK = "watch.lock"
-
-
-def _code_stamp() -> tuple[int, ...]:
-    """Return what differs when a file of vmnet does."""
-    root = Path(__file__).parent
-    found = []
-    for folder, _, names in os.walk(root, followlinks=True):
-        if folder.endswith("__pycache__"):
-            continue
-        for name in sorted(names):
-            with suppress(OSError):
-                file = os.stat(os.path.join(folder, name))
-                found += [file.st_ino, file.st_mtime_ns]
-    return tuple(found)
 
 
 OpenEngine = Callable[[Report, Callable[[Op], bool]], AbstractContextManager[Engine]]
@@ -145,8 +131,7 @@ class Watcher:
     _warnings: set[str] = field(init=False, default_factory=set)
     _warned: set[str] = field(init=False, default_factory=set)
     _unrelayed: frozenset[str] = field(init=False, default=frozenset())
-    _code: tuple[int, ...] = field(init=False, default_factory=_code_stamp)
-    _newer: tuple[tuple[int, ...], float] | None = field(init=False, default=None)
+    _code: Freshness = field(init=False, default_factory=Freshness)
     _has_jumped: bool = field(init=False, default=False)
     _has_domains: bool = field(init=False, default=False)
 
@@ -229,8 +214,8 @@ class Watcher:
             elif self._now.steady >= due:
                 self._look("look", None)
                 due = self._read_clocks().steady + self.interval
-            if self._newer:
-                due = min(due, self._now.steady + _HALF_COPIED)
+            if self._code.due is not None:
+                due = min(due, max(self._code.due, self._now.steady + _SETTLE))
             more = self._hear((min(act, due) if heard.anything else due) - self._now.steady)
             now = self._read_clocks().steady
             if more.anything and not heard.anything:
@@ -386,17 +371,14 @@ class Watcher:
 
     def _is_outdated(self) -> bool:
         """Say whether vmnet itself has changed on disk, and become the new one once it is all there."""
-        code = _code_stamp()
-        if code == self._code:
-            self._newer = None
-        elif self._newer is None or self._newer[0] != code:
-            self._newer = code, self._now.steady
-        elif self._now.steady - self._newer[1] >= _HALF_COPIED:
+        if self._code.is_fresh(self._now.steady):
+            return False
+        if self._code.due is not None and self._now.steady >= self._code.due:
             self.service.log("starting anew", reason="vmnet has changed on disk")
             self._hearing.close()
             self._end_helpers()
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-        return code != self._code
+        return True
 
     # What is told
 

@@ -47,7 +47,9 @@ ALLOWED: dict[str, set[str]] = {
     "seed": {"model"},
     "signs": {"", "ondisk"},
     "truces": set(),
-    "watch": {"", "engine", "model", "ops", "platform", "signs", "store", "truces"},
+    "freshness": set(),
+    "requests": {"model"},
+    "watch": {"", "engine", "freshness", "model", "ops", "platform", "signs", "store", "truces"},
     "relay": {"model", "relay"},
     "hooks": {"", "hooks", "model", "ondisk", "settings", "systemd"},
     "doctor": set(),
@@ -56,14 +58,17 @@ ALLOWED: dict[str, set[str]] = {
         "dnsmasq", "doctor", "engine", "hooks", "model", "ondisk", "ops", "plan", "platform", "questions", "settings",
         "signs",
     },
+    "server": {"", "client", "freshness", "model", "server", "settings", "signs"},
     "cli": {
-        "", "checkup", "cli", "cloudinit", "darwin", "doctor", "engine", "hooks", "libvirt", "linux", "model", "ops",
-        "plan", "platform", "relay", "seed", "settings", "signs", "specs", "store", "systemd", "watch",
+        "", "checkup", "cli", "client", "cloudinit", "darwin", "doctor", "engine", "hooks", "libvirt", "linux", "model",
+        "ops", "plan", "platform", "relay", "requests", "seed", "server", "settings", "signs", "specs", "store",
+        "systemd", "watch",
     },
     "libvirt": {"engine", "libvirt", "linux", "model", "ops", "platform", "settings", "specs", "store"},
-    "__main__": {"cli", "libvirt"},
+    "client": {"cli", "libvirt"},
+    "__main__": {"client"},
 }  # fmt: skip
-PURE = {"absence", "aliases", "doctor", "flows", "model", "ipam", "filters", "ops", "firewalls", "plan"}
+PURE = {"absence", "aliases", "doctor", "flows", "model", "ipam", "filters", "ops", "firewalls", "plan", "requests"}
 # What does I/O, or makes two calls with the same arguments differ.
 IMPURE = {
     "os", "io", "pathlib", "socket", "subprocess", "time", "datetime", "random", "secrets", "sqlite3", "tempfile",

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from vmnet.cli.hooks import Verb
-from vmnet.cli.show import Reporter, print_ops, print_table, say
+from vmnet.cli.show import Reporter, op_as_json, print_ops, print_table, say
 from vmnet.hooks import network as libvirt
 from vmnet.hooks.call import Call
 from vmnet.hooks.install import Run, Seen, Step, apply, look, plan_install, plan_uninstall
@@ -47,7 +47,7 @@ def fit(
     steps = plan(seen, live=live)
     to_do = _plan_network(verb, network, seen, steps)
     if dry_run:
-        print_ops(steps, json_=json_, verbose=verbose)
+        print_ops(list(map(op_as_json, steps)), json_=json_, verbose=verbose)
         raise typer.Exit(_FOUND if steps else 0)
     warn = Reporter(verbose=False).warn
     if live and os.geteuid() != 0:

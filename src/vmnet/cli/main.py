@@ -4,10 +4,11 @@ import json
 import os
 import pwd
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from enum import StrEnum
+from functools import cache, partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,16 +19,18 @@ from typer.exceptions import TyperException
 
 from vmnet import __version__
 from vmnet.cli import run as runs
+from vmnet.cli.asking import ask, is_user
 from vmnet.cli.caller import caller_uid
 from vmnet.cli.hooks import hooks
 from vmnet.cli.nextstep import qemu_arguments
 from vmnet.cli.run import cannot_run
-from vmnet.cli.show import Reporter, as_json, print_guests, print_ops, say
-from vmnet.engine import Engine, Seen
+from vmnet.cli.show import Reporter, as_json, op_as_json, print_guests, print_next_step, print_ops, say
+from vmnet.engine import Engine
 from vmnet.libvirt.element import libvirt_interface
 from vmnet.model import HostLacks, KernelRefused, Mode, NotPermitted, UsageError, VmnetError, check_name
 from vmnet.ops import Op
-from vmnet.platform import Platform, Report
+from vmnet.platform import Listener, Platform, Report
+from vmnet.requests import Answer
 from vmnet.settings import Paths, backend, load_settings
 from vmnet.specs import GuestSpec
 
@@ -86,20 +89,24 @@ def _engine(*, verbose: bool = False) -> Iterator[Engine]:
 
 
 @contextmanager
-def _open_engine(report: Report, holds_back: Callable[[Op], bool] = lambda _: False) -> Iterator[Engine]:
+def _open_engine(
+    report: Report, holds_back: Callable[[Op], bool] = lambda _: False, *, on_behalf: int | None = None
+) -> Iterator[Engine]:
+    """Open the engine as the environment has it: for the caller, or for a user without root."""
     paths = Paths.from_environment()
     settings = load_settings(paths.config)
-    with _open_platform() as platform:
-        yield Engine(platform, settings, paths, report, caller_uid(), holds_back)
+    with _open_platform(paths.run) as platform:
+        caller = caller_uid() if on_behalf is None else on_behalf
+        yield Engine(platform, settings, paths, report, caller, holds_back, on_behalf)
 
 
-def _open_platform() -> AbstractContextManager[Platform]:
+def _open_platform(run: Path) -> AbstractContextManager[Platform]:
     """Return the system that vmnet acts on, with nothing loaded of any other."""
     name = backend()
     if name == "linux":
         from vmnet.linux.platform import LinuxPlatform
 
-        return LinuxPlatform()
+        return LinuxPlatform(run)
     if name == "darwin":
         from vmnet.darwin.platform import DarwinPlatform
 
@@ -140,10 +147,40 @@ def create(
     chosen = kind or (KindOption.veth if netns is not None else None)
     spec = _spec(chosen, native, mapped, address, mac, mtu, owner, queues)
     specs = [replace(spec, name=check_name(name), netns=netns) for name in names]
+    if is_user() and (answer := _ask_to_create(specs, dry_run=dry_run, verbose=verbose)):
+        if dry_run:
+            _say_ops(answer.ops, json_=json_, verbose=verbose)
+        _say_guests(answer.guests, json_=json_)
+        if len(names) == 1 and not json_:
+            with _engine() as engine:
+                print_next_step(engine.lease(names[0]))
+        return
     with _engine(verbose=verbose) as engine:
         if dry_run:
             _say_plan(engine.create(specs, dry_run=True)[1], json_=json_, verbose=verbose)
-        _say_guests(engine, engine.create_and_look(specs), json_=json_, created=True)
+        made = engine.create_and_look(specs)
+        _say_guests([as_json(one, engine.settings) for one in made], json_=json_)
+        if len(made) == 1 and not json_:
+            print_next_step(made[0].lease)
+
+
+def _ask_to_create(specs: Sequence[GuestSpec], *, dry_run: bool, verbose: bool) -> Answer | None:
+    """Have the server create guests that are alike but for their names."""
+    one = specs[0]
+    return ask(
+        Paths.from_environment(),
+        verb="create",
+        names=tuple(spec.name for spec in specs),
+        dry_run=dry_run,
+        steps=verbose,
+        kind=one.kind,
+        mode=one.mode,
+        address=None if one.address is None else str(one.address),
+        mac=one.mac,
+        mtu=one.mtu,
+        queues=one.queues,
+        netns=one.netns,
+    )
 
 
 @app.command()
@@ -159,22 +196,26 @@ def delete(
     if bool(names) == every:
         raise UsageError("give names or --all", hint="vmnet delete NAME..., or vmnet delete --all")
     checked = None if every else [check_name(name) for name in names or ()]
-    with _engine(verbose=verbose) as engine:
-        gone, ops = engine.delete(checked, if_exists=if_exists, dry_run=dry_run)
-        if dry_run:
-            _say_plan(ops, json_=json_, verbose=verbose)
-        if json_:
-            say(json.dumps({"deleted": gone}))
-        elif sys.stdout.isatty():
-            for name in gone:
-                say(f"{name} is deleted")
+    asked = partial(ask, Paths.from_environment(), verb="delete", names=tuple(dict.fromkeys(checked or ())))
+    if is_user() and (answer := asked(every=every, if_exists=if_exists, dry_run=dry_run, steps=verbose)):
+        gone, shown = list(answer.deleted), answer.ops
+    else:
+        with _engine(verbose=verbose) as engine:
+            gone, ops = engine.delete(checked, if_exists=if_exists, dry_run=dry_run)
+            shown = tuple(map(op_as_json, ops))
+    if dry_run:
+        _say_ops(shown, json_=json_, verbose=verbose)
+    if json_:
+        say(json.dumps({"deleted": gone}))
+    elif sys.stdout.isatty():
+        for name in gone:
+            say(f"{name} is deleted")
 
 
 @app.command("list")
 def list_(json_: Json = False) -> None:
     """List all guests."""
-    with _engine() as engine:
-        _say_guests(engine, engine.look(), json_=json_)
+    _say_guests(_look(None), json_=json_)
 
 
 @app.command()
@@ -202,14 +243,23 @@ def show(
             lease = engine.lease(check_name(name))
             show_cloud_init(lease, engine.settings, seed=seed, user_data=user_data, caller=engine.caller, as_json=json_)
             return
-        guest = as_json(engine.look([check_name(name)])[0], engine.settings)
-        if json_:
-            say(json.dumps(guest))
-            return
-        width = max(map(len, guest))
-        for key, value in guest.items():
-            shown = "-" if value is None or value == [] else ", ".join(value) if isinstance(value, list) else value
-            say(f"{key:<{width}}  {shown}")
+    [guest] = _look(check_name(name))
+    if json_:
+        say(json.dumps(guest))
+        return
+    width = max(map(len, guest))
+    for key, value in guest.items():
+        shown = "-" if value is None or value == [] else ", ".join(value) if isinstance(value, list) else value
+        say(f"{key:<{width}}  {shown}")
+
+
+def _look(name: str | None) -> Sequence[Mapping[str, Any]]:
+    """Return how a guest is, or all of them; a user without root does not see into their namespaces, and asks."""
+    names = () if name is None else (name,)
+    if is_user() and (answer := ask(Paths.from_environment(), verb="look", names=names, every=name is None)):
+        return answer.guests
+    with _engine() as engine:
+        return [as_json(one, engine.settings) for one in engine.look(list(names) or None)]
 
 
 @app.command()
@@ -234,6 +284,13 @@ def down(names: SomeNames = None, json_: Json = False, dry_run: DryRun = False, 
 
 def _converge(verb: str, names: Sequence[str] | None, *, json_: bool, dry_run: bool, verbose: bool) -> None:
     checked = [check_name(name) for name in names] if names else None
+    asked = partial(ask, Paths.from_environment(), verb=verb, names=tuple(dict.fromkeys(checked or ())))
+    if checked and is_user() and (answer := asked(dry_run=dry_run, steps=verbose)):
+        if dry_run:
+            _say_ops(answer.ops, json_=json_, verbose=verbose)
+        if json_:
+            say(json.dumps(answer.guests))
+        return
     with _engine(verbose=verbose) as engine:
         if verb == "up" and not dry_run:
             runs.end_dead_runs(engine)
@@ -309,6 +366,28 @@ def watch(
         return
     file = Path(metrics) if metrics else None
     program.run(_open_engine, paths, interval=interval, metrics=file, as_json=json_)
+
+
+@app.command()
+def serve(
+    descriptor: Annotated[
+        int | None, typer.Option("--fd", metavar="N", help="Listen at the socket behind descriptor N.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Do at once what root's vmnet is called for, and what members of group vmnet ask for guests of their own."""
+    from vmnet.cli.serve import run_server
+
+    _need_linux("serve", "the commands work without a server")
+    run_server(main, _open_engine, rehearse, descriptor=descriptor, as_json=json_)
+
+
+def rehearse() -> None:
+    """Go the way of a command that changes nothing, so that the next one finds it all read and in memory."""
+    with suppress(VmnetError, OSError), _open_engine(Listener()) as engine:
+        engine.rehearse()
+    with suppress(VmnetError, OSError):
+        _command()(["ip", "rehearsal"], prog_name="vmnet", standalone_mode=False)
 
 
 @app.command()
@@ -438,15 +517,19 @@ def libvirt(
 
 def _say_plan(ops: Sequence[Any], *, json_: bool, verbose: bool) -> None:
     """Print a plan and exit: 10 where there is something to do."""
+    _say_ops(list(map(op_as_json, ops)), json_=json_, verbose=verbose)
+
+
+def _say_ops(ops: Sequence[Mapping[str, str]], *, json_: bool, verbose: bool) -> None:
     print_ops(ops, json_=json_, verbose=verbose)
     raise typer.Exit(FOUND if ops else 0)
 
 
-def _say_guests(engine: Engine, guests: Sequence[Seen], *, json_: bool, created: bool = False) -> None:
+def _say_guests(guests: Sequence[Mapping[str, Any]], *, json_: bool) -> None:
     if json_:
-        say(json.dumps([as_json(one, engine.settings) for one in guests]))
+        say(json.dumps(guests))
     else:
-        print_guests(guests, engine.settings, created=created)
+        print_guests(guests)
 
 
 def _spec(
@@ -532,12 +615,18 @@ def _common(
         raise typer.Exit(UsageError.exit_code)
 
 
+@cache
+def _command() -> Any:
+    """Return what typer makes of all this, which takes it 5 ms."""
+    return typer.main.get_command(app)
+
+
 def main() -> None:
     """Run the command line and exit."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may be spelled in what this locale cannot write
     try:
-        code = app(prog_name="vmnet", standalone_mode=False)
+        code = _command()(prog_name="vmnet", standalone_mode=False)
     except VmnetError as error:
         code = _say_error(error.exit_code, error.message, error.hint)
     except TyperException as error:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -11,7 +11,7 @@ import typer
 from vmnet.cli.nextstep import next_step
 from vmnet.engine import Seen
 from vmnet.hooks import is_installed
-from vmnet.model import KernelRefused
+from vmnet.model import KernelRefused, Lease
 from vmnet.ops import Op
 from vmnet.plan import dotted, shadow_of
 from vmnet.settings import Settings
@@ -67,24 +67,20 @@ def as_json(seen: Seen, settings: Settings) -> dict[str, Any]:
     }
 
 
-def print_guests(guests: Sequence[Seen], settings: Settings, *, created: bool = False) -> None:
-    """Print a table of guests; after `create`, for one guest, also what to do next."""
+def print_guests(guests: Sequence[Mapping[str, Any]]) -> None:
+    """Print a table of guests, each as `as_json` has it."""
     if not guests:
         if sys.stdout.isatty():
             say("no guests; vmnet create NAME makes one")
         return
-    rows = [("NAME", "ADDRESS", "KIND", "MODE", "STATE", "HOSTNAME")]
-    rows += [
-        (
-            one.lease.name, dotted(one.lease.block.first + 2), one.lease.kind,
-            "-" if one.lease.kind == "alias" else one.lease.mode, one.state,
-            f"{one.lease.name}.{settings.domain}",
-        )
-        for one in guests
-    ]  # fmt: skip
-    print_table(rows)
-    if created and len(guests) == 1 and sys.stdout.isatty():
-        say(f"\n{next_step(guests[0].lease)}")
+    columns = ("name", "address", "kind", "mode", "state", "hostname")
+    print_table([tuple(map(str.upper, columns)), *(tuple(one[column] or "-" for column in columns) for one in guests)])
+
+
+def print_next_step(lease: Lease) -> None:
+    """Say, on a terminal, what to do with a guest that was just made."""
+    if sys.stdout.isatty():
+        say(f"\n{next_step(lease)}")
         if not is_installed():
             say("after a reboot it comes back by itself once `vmnet hooks install` has been run")
 
@@ -99,12 +95,17 @@ def print_table(rows: Sequence[tuple[str, ...]]) -> None:
     )
 
 
-def print_ops(ops: "Sequence[Op | Step]", *, json_: bool, verbose: bool) -> None:
-    """Print a plan, to a person, as commands, or for a program."""
+def op_as_json(op: "Op | Step") -> dict[str, str]:
+    """Return an op as a program reads it; `text` is for a person, `command` what that could type."""
+    return {"op": type(op).__name__, "text": str(op), "command": op.command()}
+
+
+def print_ops(ops: Sequence[Mapping[str, str]], *, json_: bool, verbose: bool) -> None:
+    """Print a plan, each op as `op_as_json` has it: to a person, as commands, or for a program."""
     if json_:
-        say(json.dumps([{"op": type(op).__name__, "text": str(op), "command": op.command()} for op in ops]))
+        say(json.dumps(ops))
     elif ops:
-        say("\n".join(op.command() if verbose else str(op) for op in ops))
+        say("\n".join(op["command" if verbose else "text"] for op in ops))
     elif sys.stdout.isatty():
         say("nothing to do")
 

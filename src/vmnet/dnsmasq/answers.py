@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
@@ -228,6 +229,7 @@ _KEEPER = (
 _WITHOUT = "guests have no DHCP or no names until that is put right"
 
 
+@cache
 def _version() -> str:
     """Return what differs when the keeper that runs is another than the one that would be started."""
     folder = Path(__file__).parent

@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
         call = act(sys.stdin.buffer.read(LARGEST + 1))
         if call:
             paths = Paths.from_environment()
-            with LinuxPlatform() as platform:
+            with LinuxPlatform(paths.run) as platform:
                 # What stands on stderr is for a domain that is not started.
                 call(Engine(platform, load_settings(paths.config), paths, Listener()))
     except (VmnetError, OSError) as error:

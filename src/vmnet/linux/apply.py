@@ -11,8 +11,9 @@ import random
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from threading import Thread
 from typing import Any, TypeAlias
 
 from vmnet.filters import encode
@@ -37,7 +38,9 @@ from vmnet.linux.netlink import (
     RTM_NEWROUTE,
     RTM_NEWTFILTER,
     RTM_SETLINK,
+    Failure,
     Message,
+    Netlink,
     attr,
     text,
     u32,
@@ -89,6 +92,7 @@ _TUN_DEVICE = "/dev/net/tun"
 _TUNSETIFF, _TUNSETPERSIST, _TUNSETOWNER, _TUNSETIFINDEX = 0x400454CA, 0x400454CB, 0x400454CC, 0x400454DA
 _IFF_TUN, _IFF_TAP, _IFF_NO_PI, _IFF_MULTI_QUEUE = 0x1, 0x2, 0x1000, 0x100
 
+_GLANCES = 0.0003  # seconds between two looks whether a device is listed
 _NEW = NLM_F_CREATE | NLM_F_EXCL
 _LO = 1
 _ROUTE_FLAGS = {"add": _NEW, "append": NLM_F_CREATE | NLM_F_APPEND, "prepend": NLM_F_CREATE}
@@ -310,9 +314,33 @@ class _Run:
             return Message(RTM_NEWLINK, _NEW, body)
         return _ENCODERS[type(op)](op)
 
+    def _delete(self, message: Message, index: int) -> Sequence[Failure]:
+        """Have devices deleted, and return what the kernel refused, as soon as it lists that of `index` no more.
+
+        It answers only when nobody refers to them any more (netdev_run_todo in net/core/dev.c), 15 ms later, though
+        their names and numbers can be given again: that answer a thread waits for, whatever becomes of it.
+        """
+        failures: list[Failure] = []
+        deleting = Netlink()
+
+        def delete() -> None:
+            try:
+                failures.extend(deleting.send([message]))
+            except OSError as error:
+                failures.append(Failure(0, error.errno or errno.EIO, ""))
+            finally:
+                deleting.close()
+
+        thread = Thread(target=delete, daemon=True)
+        thread.start()
+        while thread.is_alive() and self._places.host.get(Message(RTM_GETLINK, 0, wire.link_query(index=index))):
+            thread.join(_GLANCES)
+        return failures
+
     def _delete_links(self, doomed: Sequence[tuple[int, DelLink]]) -> None:
         if len(doomed) == 1:
-            self._send(HOST, doomed)
+            failed = self._delete(_ENCODERS[DelLink](doomed[0][1]), doomed[0][1].ifindex)
+            self._conclude(doomed, {0: failed[0]} if failed else {})
             return
         # The kernel waits for a grace period after each deletion; by group it waits once for all.
         netlink = self._places.host
@@ -323,10 +351,14 @@ class _Run:
             Message(RTM_SETLINK, 0, wire.link_header(op.ifindex) + u32(wire.IFLA_GROUP, group)) for _, op in doomed
         ]
         failures = {failure.position: failure for failure in netlink.send(marks)}
+        marked = [op.ifindex for position, (_, op) in enumerate(doomed) if position not in failures]
         last = Message(RTM_DELLINK, 0, wire.link_header() + u32(wire.IFLA_GROUP, group))
-        failed = netlink.send([last]) if len(failures) < len(doomed) else []
+        failed = self._delete(last, marked[0]) if marked else []
+        self._conclude(doomed, {**dict.fromkeys(range(len(doomed)), failed[0]), **failures} if failed else failures)
+
+    def _conclude(self, doomed: Sequence[tuple[int, DelLink]], failures: Mapping[int, Failure]) -> None:
         for position, (number, op) in enumerate(doomed):
-            failure = failures.get(position) or next(iter(failed), None)
+            failure = failures.get(position)
             if failure is None or failure.errno in _SETTLED[DelLink]:
                 self._done(op)
             else:

@@ -9,8 +9,7 @@ import subprocess
 from pathlib import Path
 
 from vmnet.firewalls import COMMENT, OFFERED, Chain
-from vmnet.linux import nft
-from vmnet.linux.netlink import NETLINK_NETFILTER, Message, Netlink, text
+from vmnet.linux.netlink import Message, Netlink, text
 from vmnet.model import HostLacks, KernelRefused
 from vmnet.ondisk import find_program
 from vmnet.ops import PutRules
@@ -26,35 +25,18 @@ _PATIENCE = "--wait=10"
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 
 
-class Chains:
-    """What stands in offered chains; looked at anew when the kernel's number for its rules has changed."""
+def look_at_nft(netlink: Netlink) -> tuple[Chain, ...]:
+    """Return the chains there are in nf_tables; `netlink` is to netfilter, and tells alone where there are none."""
+    questions = [
+        Message(_GETCHAIN, 0, _IPV4 + text(_NFTA_CHAIN_TABLE, "filter") + text(_NFTA_CHAIN_NAME, name))
+        for name in OFFERED
+    ]
+    return _saved(NFT) if any(netlink.get_each(questions)) else ()
 
-    def __init__(self) -> None:
-        self._netlink: Netlink | None = None
-        self._seen: tuple[bytes | None, tuple[Chain, ...]] | None = None
 
-    def close(self) -> None:
-        """Close the socket."""
-        if self._netlink:
-            self._netlink.close()
-            self._netlink = None
-
-    def look(self) -> tuple[Chain, ...]:
-        """Return the chains there are, of both kinds."""
-        legacy = _saved(LEGACY) if has_legacy_filter() else ()
-        return (*self._look_at_nft(), *legacy)
-
-    def _look_at_nft(self) -> tuple[Chain, ...]:
-        if self._netlink is None:
-            self._netlink = Netlink(NETLINK_NETFILTER)
-        generation = nft.generation(self._netlink)
-        if self._seen is None or generation is None or self._seen[0] != generation:
-            questions = [
-                Message(_GETCHAIN, 0, _IPV4 + text(_NFTA_CHAIN_TABLE, "filter") + text(_NFTA_CHAIN_NAME, name))
-                for name in OFFERED
-            ]
-            self._seen = generation, _saved(NFT) if any(self._netlink.get_each(questions)) else ()
-        return self._seen[1]
+def look_at_legacy() -> tuple[Chain, ...]:
+    """Return the chains there are in the older ip_tables."""
+    return _saved(LEGACY) if has_legacy_filter() else ()
 
 
 def has_legacy_filter() -> bool:

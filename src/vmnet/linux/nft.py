@@ -6,12 +6,12 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 
-from vmnet.linux.netlink import Message, Netlink
+from vmnet.linux.netlink import Message, Netlink, parse_attrs
 from vmnet.linux.places import CLONE_NEWNET, unshare
 from vmnet.model import HostLacks, KernelRefused
 
 TABLE = ("table", "ip", "vmnet")
-_GETGEN = 10 << 8 | 16  # include/uapi/linux/netfilter/nfnetlink.h, nf_tables.h
+_GETGEN, _NFTA_GEN_ID = 10 << 8 | 16, 1  # include/uapi/linux/netfilter/nfnetlink.h, nf_tables.h
 
 
 # Numbers, not names: those are of files that change with any package (/etc/protocols is netbase's), and with anybody.
@@ -57,7 +57,8 @@ def delete() -> None:
 
 def generation(netlink: Netlink) -> bytes | None:
     """Return what each change of any rule raises, or None where there are no rules; `netlink` is to netfilter."""
-    return netlink.get(Message(_GETGEN, 0, bytes(4)))
+    body = netlink.get(Message(_GETGEN, 0, bytes(4)))
+    return parse_attrs(body, 4).get(_NFTA_GEN_ID) if body else None  # the rest is about who asks
 
 
 def expected_listing(text: str, cache: Path) -> str:

@@ -24,7 +24,7 @@ NAMED = Path("/run/netns")
 CLONE_NEWNS, CLONE_NEWNET = 0x00020000, 0x40000000
 _MS_BIND, _MS_REC, _MS_SHARED = 4096, 16384, 1 << 20
 _MNT_DETACH = 2
-_NS_GET_USERNS, _NS_GET_NSTYPE = 0xB701, 0xB703  # include/uapi/linux/nsfs.h
+_NS_GET_USERNS, _NS_GET_NSTYPE, _NS_GET_OWNER_UID = 0xB701, 0xB703, 0xB704  # include/uapi/linux/nsfs.h
 _IFLA_IFALIAS = 20
 _OWN = "/proc/thread-self/ns/net"
 T = TypeVar("T")
@@ -127,6 +127,39 @@ def owned_from_here(path: str = _OWN) -> bool:
     finally:
         os.close(handle)
     return True
+
+
+def is_theirs(handle: int, uid: int) -> bool:
+    """Say whether a descriptor is that of a network namespace which a user has all rights over without being root.
+
+    That is one whose user namespace is owned by that uid (user_namespaces(7), "Capabilities"; ioctl_ns(2)). Of
+    anything else nothing but its status is looked at.
+    """
+    found, own = os.fstat(handle), os.stat(_OWN)
+    if found.st_dev != own.st_dev or not stat.S_ISREG(found.st_mode):
+        return False
+    try:
+        if fcntl.ioctl(handle, _NS_GET_NSTYPE) != CLONE_NEWNET:
+            return False
+        users = fcntl.ioctl(handle, _NS_GET_USERNS)
+    except OSError:  # that of init, or one above ours; a descriptor that is for nothing (O_PATH)
+        return False
+    try:
+        owner = fcntl.ioctl(users, _NS_GET_OWNER_UID, bytes(4))
+        return int.from_bytes(owner, sys.byteorder) == uid
+    finally:
+        os.close(users)
+
+
+def find_process(found: NetnsId) -> str | None:
+    """Return the way into a network namespace by the process of the lowest number in it, None where there is none."""
+    for pid in sorted(int(one) for one in os.listdir("/proc") if one.isdecimal()):
+        path = f"/proc/{pid}/ns/net"
+        with suppress(OSError):
+            there = os.stat(path)
+            if (there.st_dev, there.st_ino) == (found.device, found.inode):
+                return path
+    return None
 
 
 def is_stub(path: str) -> bool:

@@ -10,8 +10,8 @@ from netaddr import IPNetwork
 
 from vmnet.linux import enter, nft, observe
 from vmnet.linux.apply import apply
-from vmnet.linux.iptables import Chains
 from vmnet.linux.places import NAMED, Places, boot_id, identify, owned_from_here
+from vmnet.linux.ruleset import Ruleset
 from vmnet.model import Lease, NetnsId, NotPermitted
 from vmnet.ops import DelLink, DelNetns, Op
 from vmnet.plan import HOST, Found, GuestView, HostView, Use, plan_left
@@ -26,10 +26,11 @@ class LinuxPlatform:
     loopback = "lo"
     carves = True
 
-    def __init__(self) -> None:
+    def __init__(self, kept: Path | None = None) -> None:
+        """Open what is needed; what was seen of rules may be kept in the folder `kept`."""
         self._places = Places()
-        self._chains = Chains()
-        self.privileged = _has_capabilities()
+        self._ruleset = Ruleset(kept)
+        self.privileged = has_rights()
 
     def __enter__(self) -> Self:
         return self
@@ -38,7 +39,7 @@ class LinuxPlatform:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._places.close()
-        self._chains.close()
+        self._ruleset.close()
 
     def need_rights(self) -> None:
         """Raise NotPermitted unless the caller may change the network."""
@@ -75,7 +76,7 @@ class LinuxPlatform:
         """Return the host part; without rights, without any rules."""
         if not self.privileged:
             return observe.observe_host(self._places.host, None)
-        return observe.observe_host(self._places.host, nft.listing(), self._chains.look())
+        return observe.observe_host(self._places.host, *self._ruleset.look())
 
     def expected_listing(self, text: str, cache: Path) -> str | None:
         """Return how the ruleset `text` is listed, or None where the caller may not see rules."""
@@ -149,7 +150,8 @@ class LinuxPlatform:
         enter.execute(path, expected, argv, resolver)
 
 
-def _has_capabilities() -> bool:
+def has_rights() -> bool:
+    """Say whether the caller may change the network."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("CapEff:"):
             effective = int(line.split()[1], 16)

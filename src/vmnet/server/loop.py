@@ -1,0 +1,329 @@
+"""The process that listens: who may ask, what is asked next, and a fork for each that is answered.
+
+It reads what root sends; of anybody else it takes the connection alone, and hands it to a fork. So nothing that
+an ordinary user sends, no descriptor of theirs and no silence can hold it up: what they have is so many
+connections and so many forks at a time.
+"""
+
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+
+from vmnet import __version__
+from vmnet.client import DIRECT, KILLED, own_code
+from vmnet.freshness import Freshness
+from vmnet.server.jobs import answer, become, parse_order
+from vmnet.server.listening import Listener, pass_on, passed_socket
+from vmnet.server.peers import Peer, Standing, group_id, is_member, peer_of, standing_of
+from vmnet.server.spares import LARGEST, Job, Spare, start_spare
+from vmnet.settings import Paths
+from vmnet.signs import Service
+
+_IDLE = 5.0  # seconds for a client that has connected to say what it wants
+_LONGEST_ANSWER = 120.0  # seconds that a fork may take for somebody who is not root
+_MOST_CONNECTIONS, _MOST_FORKS = 32, 4  # at a time, of each user but root
+_MOST_STRANGERS = 256  # connections of all users but root
+_MOST_FORKS_OF_ROOT = 32  # at a time; more of them would wait for each other's locks
+_ORDERS = frozenset({signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM, signal.SIGSTOP, signal.SIGCONT})
+"""What root's client may have its fork be sent."""
+_NEXT_LOOK = 0.5  # seconds between two looks at what is overdue
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What forks do: a command line of root's, a question of a user's by uid and descriptors, and a rehearsal of both.
+
+    `busy` is what a user is told who has asked too much already.
+    """
+
+    main: Callable[[], None]
+    reply: Callable[[bytes, int, list[int]], bytes]
+    rehearse: Callable[[], None]
+    busy: bytes
+
+
+@dataclass(eq=False)
+class _Client:
+    """A connection, until it is answered; `since` is when it was accepted, or given to a fork."""
+
+    connection: socket.socket
+    peer: Peer
+    since: float
+    fork: Spare | None = None
+
+
+@dataclass
+class Server:
+    """Serves until it is told to stop; `descriptor` is a socket that is there already."""
+
+    paths: Paths
+    service: Service
+    work: Work
+    descriptor: int | None = None
+    _stop: bool = field(init=False, default=False)
+    _listener: socket.socket = field(init=False)
+    _passed: bool = field(init=False, default=False)
+    _selector: selectors.BaseSelector = field(init=False, default_factory=selectors.DefaultSelector)
+    _clients: set[_Client] = field(init=False, default_factory=set)
+    _waiting: list[_Client] = field(init=False, default_factory=list)
+    _spare: Spare | None = field(init=False, default=None)
+    _own: Standing = field(init=False)
+    _code: Freshness = field(init=False, default_factory=Freshness)
+    _own_code: bytes = field(init=False, default_factory=own_code)
+
+    def serve(self) -> None:
+        """Serve until SIGTERM or SIGINT, and until what was begun is done; raises what keeps it from beginning."""
+        own = standing_of("self")
+        assert own is not None, "/proc is not mounted"
+        self._own = own
+        with ExitStack() as stack:
+            passed = passed_socket(self.descriptor)
+            self._passed = passed is not None
+            self._listener = stack.enter_context(passed or Listener(self.paths.run, group_id()))
+            self._listener.setblocking(False)
+            self._hear_signals(stack)
+            self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+            self.work.rehearse()
+            self._have_spare()
+            self.service.ready()
+            self.service.log("serving", version=__version__, socket=str(self.paths.run))
+            while not (self._stop and not self._forks()):
+                self._turn()
+            self.service.log("stopped")
+
+    def _hear_signals(self, stack: ExitStack) -> None:
+        reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        for end in (reading, writing):
+            stack.callback(os.close, end)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        stack.callback(signal.set_wakeup_fd, -1)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: setattr(self, "_stop", True))
+        self._selector.register(reading, selectors.EVENT_READ, lambda: os.read(reading, 4096))
+
+    def _forks(self) -> list[_Client]:
+        return [one for one in self._clients if one.fork]
+
+    def _turn(self) -> None:
+        if self._stop and self._listener.fileno() in self._selector.get_map():
+            self._selector.unregister(self._listener)
+        is_busy = bool(self._clients) or self._code.due is not None
+        patience = self.service.patience or None
+        for key, _ in self._selector.select(_NEXT_LOOK if is_busy else patience):
+            if self._selector.get_map().get(key.fd) == key:  # else who came before in this turn has ended it
+                key.data()
+        self._end_what_is_overdue()
+        self._start_anew()
+        if not self._forks():
+            self._have_spare()  # to make one now would slow down who works
+        self.service.alive()
+
+    # Who comes
+
+    def _accept(self) -> None:
+        """Take in all who have come; those of whom there are too many already are let go again."""
+        for _ in range(64):
+            try:
+                connection, _ = self._listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:  # no descriptors left, or a client that has gone
+                self.service.log("not accepted", level="warning", reason=error.strerror or "")
+                time.sleep(0.01)
+                return
+            connection.setblocking(False)
+            try:
+                self._admit(connection)
+            except OSError:
+                connection.close()
+
+    def _admit(self, connection: socket.socket) -> None:
+        peer = peer_of(connection)
+        if peer.uid != 0:
+            if not is_member(connection, peer) or not self._is_near(peer):
+                connection.close()
+                return
+            strangers = Counter(one.peer.uid for one in self._clients if one.peer.uid != 0)
+            if strangers[peer.uid] >= _MOST_CONNECTIONS or strangers.total() >= _MOST_STRANGERS:
+                connection.send(self.work.busy)
+                connection.close()
+                return
+        client = _Client(connection, peer, time.monotonic())
+        self._clients.add(client)
+        self._selector.register(connection, selectors.EVENT_READ, lambda: self._hear(client))
+
+    def _is_near(self, peer: Peer) -> bool:
+        standing = standing_of(peer.pid)
+        return bool(standing and self._own.shares_network(standing))
+
+    def _let_go(self, client: _Client) -> None:
+        """Forget a client, and close its connection here."""
+        self._clients.discard(client)
+        if client in self._waiting:
+            self._waiting.remove(client)
+        self._close(client)
+
+    def _close(self, client: _Client) -> None:
+        if client.connection.fileno() >= 0:
+            with suppress(KeyError):
+                self._selector.unregister(client.connection)
+            client.connection.close()
+
+    # What they say
+
+    def _hear(self, client: _Client) -> None:
+        if client.fork:
+            self._pass_on(client, client.fork)
+            return
+        # It is read when it is this one's turn; what a user sends, by the fork alone.
+        self._selector.unregister(client.connection)
+        self._waiting.append(client)
+        self._give_turns()
+
+    def _take_order(self, client: _Client) -> None:
+        """Read what root asks for, and have it done, or say that it is not for this server."""
+        descriptors: list[int] = []
+        try:
+            request, descriptors, flags, _ = socket.recv_fds(client.connection, LARGEST, 4)
+            order = parse_order(request)
+            standing = standing_of(client.peer.pid)
+            if (
+                order
+                and standing
+                and len(descriptors) == 4
+                and not flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC)
+                and self._own.serves(standing)
+                and order.code == self._own_code
+                and Paths.from_environment(order.environment) == self.paths
+                and self._code.is_fresh(time.monotonic())
+            ):
+                self._selector.register(client.connection, selectors.EVENT_READ, lambda: self._hear(client))
+                self._employ(client, b"%o\0" % standing.umask + request, descriptors)
+            else:
+                if request:
+                    client.connection.send(DIRECT)
+                self._let_go(client)
+        except OSError:
+            self._let_go(client)
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def _give_turns(self) -> None:
+        """Have those done who have waited longest, so many of each user at a time."""
+        busy = Counter(one.peer.uid for one in self._clients if one.fork)
+        for client in list(self._waiting):
+            uid = client.peer.uid
+            if busy[uid] >= (_MOST_FORKS if uid else _MOST_FORKS_OF_ROOT):
+                continue
+            self._waiting.remove(client)
+            if uid == 0:
+                self._take_order(client)
+            else:
+                self._take_question(client)
+            busy[uid] += bool(client.fork)
+
+    def _take_question(self, client: _Client) -> None:
+        try:
+            if self._code.is_fresh(time.monotonic()):
+                self._employ(client, b"%d" % client.peer.uid, [])
+                self._close(client)  # the fork has it, and nobody else is to read from it
+            else:
+                self._let_go(client)
+        except OSError:
+            self._let_go(client)
+
+    def _employ(self, client: _Client, request: bytes, descriptors: list[int]) -> None:
+        """Give a client to the fork that waits; raises OSError."""
+        self._have_spare()
+        spare = self._spare
+        if spare is None:
+            raise OSError("there is no process to be had")
+        self._spare = None
+        client.fork, client.since = spare, time.monotonic()
+        self._selector.modify(spare.ended, selectors.EVENT_READ, lambda: self._hear_end(client, spare))
+        spare.give(request, [client.connection.fileno(), *descriptors])
+
+    def _pass_on(self, client: _Client, fork: Spare) -> None:
+        """Have a fork get the signals that its client got; one whose client was killed is killed, too."""
+        try:
+            numbers: bytes | list[int] = client.connection.recv(64)
+        except OSError:
+            numbers = b""
+        if not numbers:
+            self._selector.unregister(client.connection)
+        for number in numbers or [signal.SIGKILL]:
+            if number in _ORDERS or number == signal.SIGKILL:
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(fork.ended, number)
+
+    # Forks
+
+    def _have_spare(self) -> None:
+        """Have a fork ready for the next one who asks."""
+        if self._spare or self._code.due is not None or (self._stop and not self._waiting):
+            return
+        try:
+            self._spare = start_spare(self.work.rehearse, self._do)
+        except OSError as error:
+            self.service.log("no fork", level="error", reason=error.strerror or "")
+            return
+        spare = self._spare
+        self._selector.register(spare.ended, selectors.EVENT_READ, lambda: self._hear_end(None, spare))
+
+    def _do(self, job: Job) -> None:
+        """Be the fork: of root's clients all is known, of others the uid."""
+        connection, *descriptors = job.descriptors
+        client = socket.socket(fileno=connection)
+        client.setblocking(True)
+        first, separated, request = job.request.partition(b"\0")
+        if not separated:
+            answer(client, lambda question, given: self.work.reply(question, int(first), given))
+            return
+        order = parse_order(request)
+        assert order is not None
+        become(client, order, descriptors, int(first, 8), self.work.main)
+
+    def _hear_end(self, client: _Client | None, fork: Spare) -> None:
+        """Take note of a fork's end; it has told its client how, unless a signal ended it."""
+        self._selector.unregister(fork.ended)
+        _, status = os.waitpid(fork.pid, 0)
+        fork.forget()
+        if fork is self._spare:
+            self._spare = None
+            self.service.log("a fork ended early", level="warning", status=str(os.waitstatus_to_exitcode(status)))
+            time.sleep(0.05)
+        if client:
+            if os.WIFSIGNALED(status) and client.peer.uid == 0:
+                with suppress(OSError):
+                    client.connection.send(b"%s%d" % (KILLED, os.WTERMSIG(status)))
+            self._let_go(client)
+            self._give_turns()
+
+    def _end_what_is_overdue(self) -> None:
+        now = time.monotonic()
+        for client in list(self._clients):
+            if client.fork is None and client not in self._waiting and now - client.since > _IDLE:
+                self._let_go(client)
+            elif client.fork and client.peer.uid != 0 and now - client.since > _LONGEST_ANSWER:
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(client.fork.ended, signal.SIGKILL)
+
+    def _start_anew(self) -> None:
+        """Become the vmnet that is on the disk once it is all there, and what was begun is done."""
+        due, now = self._code.due, time.monotonic()
+        if due is None or now < due or self._forks() or self._code.is_fresh(now) or self._code.due != due:
+            return
+        self.service.log("starting anew", reason="vmnet has changed on disk")
+        if self._spare:
+            self._spare.forget()  # it ends when there is nobody to give it a job
+        if self._passed:
+            pass_on(self._listener)
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

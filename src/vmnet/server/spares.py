@@ -1,0 +1,86 @@
+"""Forks that wait for work: what a fork costs, and each first touch of a page, is paid before anybody asks."""
+
+import ctypes
+import gc
+import os
+import signal
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import NamedTuple, NoReturn
+
+LARGEST = 1 << 18
+"""Bytes of the largest message; the kernel lets none through that is larger (net.core.wmem_default, socket(7))."""
+MOST_DESCRIPTORS = 5
+_PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
+
+
+class Job(NamedTuple):
+    """What a fork is given to do: for root a request, for anybody else nothing but the connection to read it from."""
+
+    request: bytes
+    descriptors: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Spare:
+    """A fork that waits for its job; `ended` is a pidfd (pidfd_open(2))."""
+
+    pid: int
+    ended: int
+    _orders: socket.socket
+
+    def give(self, request: bytes, descriptors: list[int]) -> None:
+        """Have it do a job; raises OSError where it has ended."""
+        with self._orders:
+            socket.send_fds(self._orders, [request], descriptors)
+
+    def forget(self) -> None:
+        """Close what is open of it."""
+        self._orders.close()
+        os.close(self.ended)
+
+
+def start_spare(rehearse: Callable[[], None], work: Callable[[Job], None]) -> Spare:
+    """Fork, and return the fork, which rehearses, waits for a job, does it and ends; with this process at the latest.
+
+    It has no descriptor of this process's but 0, 1 and 2. Raises OSError.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    parent = os.getpid()
+    pid = os.fork()
+    if pid:
+        theirs.close()
+        return Spare(pid, os.pidfd_open(pid), ours)
+    try:
+        _be_a_spare(theirs, parent, rehearse, work)
+    finally:
+        os._exit(1)
+
+
+def _be_a_spare(
+    orders: socket.socket, parent: int, rehearse: Callable[[], None], work: Callable[[Job], None]
+) -> NoReturn:
+    gc.disable()  # it would touch, and so copy, all pages; a job is short
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    own = orders.fileno()
+    os.closerange(3, own)
+    os.closerange(own + 1, os.sysconf("SC_OPEN_MAX"))
+    os.setsid()
+    # Whoever asked is told that the server has ended: then nothing must go on behind their back.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(0)
+    rehearse()
+    request, descriptors, flags, _ = socket.recv_fds(orders, LARGEST, MOST_DESCRIPTORS + 1)
+    if not (request or descriptors) or flags & socket.MSG_CTRUNC:
+        os._exit(0)
+    orders.close()
+    gc.enable()
+    with suppress(SystemExit):
+        work(Job(request, descriptors))
+    os._exit(0)
