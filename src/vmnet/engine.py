@@ -164,7 +164,8 @@ class Engine:
         preview = store.preview(requests, pool=self.settings.pool, created=_now(), aliases=self._most_aliases)
         old = [lease for lease in store.leases() if lease.name in set(names)]
         problems: dict[str, VmnetError] = {}
-        ops = self._host.plan_up(store) + self._guests.plan_up([*old, *preview], problems)
+        wanted = [lease for lease in [*old, *preview] if lease.wish == "up"]
+        ops = self._host.plan_up(store) + self._guests.plan_up(wanted, problems)
         self._raise_first(problems)
         return [*old, *preview], ops + self._names.plan([*store.leases(), *preview])
 
