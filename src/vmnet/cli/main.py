@@ -283,6 +283,27 @@ def plan(json_: Json = False, verbose: Verbose = False) -> None:
 
 
 @app.command()
+def apply(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A TOML file of guests; - is the standard input.")],
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Delete guests that an earlier apply made and FILE does not name.")
+    ] = False,
+    json_: Json = False,
+    dry_run: DryRun = False,
+    verbose: Verbose = False,
+) -> None:
+    """Create the guests that FILE names, all or none; what is there already stays."""
+    from vmnet.cli.guestfile import read_guests, say_applied
+
+    specs = read_guests(file)
+    with _engine(verbose=verbose) as engine:
+        done = engine.apply(specs, prune=prune, dry_run=dry_run)
+        if dry_run:
+            _say_plan(done.ops, json_=json_, verbose=verbose)
+        say_applied(done, engine.settings, json_=json_)
+
+
+@app.command()
 def watch(
     interval: Annotated[float, typer.Option(metavar="SECONDS", help="How often to look without any event.")] = 15.0,
     once: Annotated[bool, typer.Option("--once", help="Look once, put right what differs, and end.")] = False,
