@@ -76,6 +76,14 @@ class Stamp(NamedTuple):
     answers: tuple[int, ...]
 
 
+class Applied(NamedTuple):
+    """What came of a file of guests: those it names, the names of those deleted, and the ops of a dry run."""
+
+    guests: list[Seen]
+    deleted: list[str]
+    ops: list[Op]
+
+
 class _Overtaken(Exception):
     """Another process made one of the guests, or restored the host, before this one came to it."""
 
@@ -149,13 +157,7 @@ class Engine:
         Returns their leases in the order asked for and, for a dry run, the ops. Raises Conflict where a guest is
         there with another value of an option that is given.
         """
-        for spec in specs:
-            self._asking.refuse_what_is_lacking(spec)
-        self.platform.need_rights()
-        names = [check_name(spec.name) for spec in specs]
-        for name, times in Counter(names).items():
-            if times > 1:
-                raise UsageError(f"{name} is named twice")
+        names = self._check(specs)
         with self._writing(dry_run) as store:
             if dry_run:
                 return self._preview_create(store, specs, names)
@@ -164,17 +166,33 @@ class Engine:
                     return self._create(store, specs, names), []
         raise Conflict(f"others make and delete {', '.join(names)} all the time", hint="try again")
 
+    def _check(self, specs: Sequence[GuestSpec]) -> list[str]:
+        """Return the names of guests that are asked for; raises what can be refused without the records."""
+        for spec in specs:
+            self._asking.refuse_what_is_lacking(spec)
+        self.platform.need_rights()
+        names = [check_name(spec.name) for spec in specs]
+        for name, times in Counter(names).items():
+            if times > 1:
+                raise UsageError(f"{name} is named twice")
+        return names
+
     def _preview_create(
-        self, store: Store, specs: Sequence[GuestSpec], names: Sequence[str]
+        self, store: Store, specs: Sequence[GuestSpec], names: Sequence[str], surplus: Sequence[Lease] = ()
     ) -> tuple[list[Lease], list[Op]]:
+        """Return the leases of these guests, and the ops that make them and then take those of `surplus` away."""
         new, _ = self._sort(store, specs, dry_run=True)
         requests = [self._asking.request(spec) for spec in new]
         preview = store.preview(requests, pool=self.settings.pool, created=_now(), limits=self._limits)
         old = [lease for lease in store.leases() if lease.name in set(names)]
         problems: dict[str, VmnetError] = {}
-        ops = self._host.plan_up(store) + self._guests.plan_up([*old, *preview], problems)
+        wanted = [lease for lease in [*old, *preview] if lease.wish == "up"]
+        ops = self._host.plan_up(store) + self._guests.plan_up(wanted, problems) if specs else []
         self._raise_first(problems)
-        return [*old, *preview], ops + self._names.plan([*store.leases(), *preview])
+        ops += self._guests.plan_down(surplus, keep_netns=False)
+        gone = {lease.name for lease in surplus}
+        rest = [lease for lease in store.leases() if lease.name not in gone]
+        return [*old, *preview], ops + self._names.plan([*rest, *preview])
 
     def _create(self, store: Store, specs: Sequence[GuestSpec], names: Sequence[str]) -> list[Lease]:
         """Make guests; raises _Overtaken, or NoSuchGuest for one deleted meanwhile, where it is to be begun anew."""
@@ -329,6 +347,29 @@ class Engine:
             store.release([lease.name for lease in leases if lease.name not in problems], freed=time.time())
         if problems:
             raise next(iter(problems.values()))
+
+    def apply(self, specs: Sequence[GuestSpec], *, prune: bool, dry_run: bool = False) -> Applied:
+        """Make guests as `create` does; then, if `prune`, delete those that an earlier call made and `specs` lacks.
+
+        Nothing is deleted where one of those to be made cannot be. A guest that `create` made is not this one's.
+        """
+        names = self._check(specs)
+        specs = [replace(spec, applied=True) for spec in specs]
+        if dry_run:
+            with self._writing(dry_run) as store:
+                surplus = [one for one in store.leases() if one.applied and one.name not in names] if prune else []
+                return Applied([], [], self._preview_create(store, specs, names, surplus)[1])
+        guests = self.create_and_look(specs) if specs else []
+        return Applied(guests, self._prune(names) if prune else [], [])
+
+    def _prune(self, kept: Collection[str]) -> list[str]:
+        with self._writing(dry_run=False) as store:
+            surplus = store.prune(kept)
+            if surplus:
+                with self._locks.host(shared=True):
+                    self._finish_deletion(store, surplus)
+                    self._names.write(store)
+            return [lease.name for lease in surplus]
 
     def up(self, names: Sequence[str] | None = None, *, dry_run: bool = False) -> list[Op]:
         """Make the kernel match the records: the guests named, or all of vmnet. Returns the ops of a dry run."""

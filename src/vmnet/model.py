@@ -201,6 +201,7 @@ class Lease:
 
     `mac` is the guest's own MAC (None for a tun and an alias), `owner` the uid that may open its tap and manage it.
     `maker` is who makes its device: libvirt does for a domain on its network `vmnet`, and vmnet takes that tap over.
+    `applied`: it was made from a file of guests, so it may go once it is not named there any more.
     """
 
     name: str
@@ -215,6 +216,7 @@ class Lease:
     wish: Wish
     created: str
     maker: Maker = "vmnet"
+    applied: bool = False
 
     @property
     def device(self) -> str:

@@ -44,8 +44,9 @@ class Names:
 
     def plan(self, leases: Iterable[Lease]) -> list[Op]:
         """Return the ops that make names those of the leases that are to be up."""
-        wanted = [lease for lease in leases if lease.wish == "up"]
-        ops = self._plan_block([(lease.name, lease.block) for lease in wanted])
+        # As they are written: the hosts file in the order of blocks, what is answered in that of names.
+        wanted = sorted((lease for lease in leases if lease.wish == "up"), key=lambda lease: lease.name)
+        ops = self._plan_block(sorted(((one.name, one.block) for one in wanted), key=lambda guest: guest[1].number))
         return ops + (self._answers.plan(wanted) if self._answers else [])
 
     def plan_clear(self) -> list[Op]:

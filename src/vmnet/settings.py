@@ -87,18 +87,29 @@ def load_settings(path: Path) -> Settings:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text()
+        return read_toml(path, path.read_text)
+    except FileNotFoundError:
+        return {}
+
+
+def read_toml(name: str | Path, read: Callable[[], str]) -> dict[str, Any]:
+    """Return what the text that `read` returns says; refusals call it `name`.
+
+    Raises UsageError, NotPermitted, and FileNotFoundError where there is none.
+    """
+    try:
+        text = read()
         import tomllib  # here, because it takes 3 ms and most hosts have no such file
 
         return tomllib.loads(text)
     except FileNotFoundError:
-        return {}
+        raise
     except PermissionError as error:
-        raise NotPermitted(f"{path} cannot be read: {error.strerror}", hint="let all read it: chmod a+r") from None
+        raise NotPermitted(f"{name} cannot be read: {error.strerror}", hint="let all read it: chmod a+r") from None
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+        raise UsageError(f"{name} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, numbers and nesting without end
-        raise UsageError(f"{path} is not TOML: {error}", hint="https://toml.io says how it is written") from None
+        raise UsageError(f"{name} is not TOML: {error}", hint="https://toml.io says how it is written") from None
 
 
 def _pool(path: Path, networks: Sequence[str], reserved: Sequence[str]) -> Pool:
@@ -113,11 +124,16 @@ def _pool(path: Path, networks: Sequence[str], reserved: Sequence[str]) -> Pool:
 
 
 def _bad(path: Path, key: str, value: object, wanted: str) -> UsageError:
+    return UsageError(f"{path}: {key} = {shown(value)} is not {wanted}")
+
+
+def shown(value: object) -> str:
+    """Return a value of a file as a refusal shows it."""
     try:
-        shown = repr(value)
+        text = repr(value)
     except ValueError:
-        shown = "a number without end"  # Python writes no more than 4300 digits
-    return UsageError(f"{path}: {key} = {shown if len(shown) < 80 else shown[:77] + '...'} is not {wanted}")
+        text = "a number without end"  # Python writes no more than 4300 digits
+    return text if len(text) < 80 else f"{text[:77]}..."
 
 
 def _is_domain(value: object) -> bool:

@@ -1,7 +1,10 @@
 """What a caller asks a guest to be: against what there is already, and as a request for a lease."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import PurePath
+from typing import Concatenate, ParamSpec, TypeVar
 
 from netaddr import IPAddress
 
@@ -10,6 +13,8 @@ from vmnet.platform import Platform
 from vmnet.settings import Settings
 from vmnet.store import LeaseRequest
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 _NAME_MAX, _PATH_MAX = 255, 4095  # bytes (linux/limits.h)
 _DEFAULT_MODES: dict[Kind, Mode] = {"tap": "mapped", "veth": "native", "tun": "native", "alias": "native"}
 
@@ -18,8 +23,9 @@ _DEFAULT_MODES: dict[Kind, Mode] = {"tap": "mapped", "veth": "native", "tun": "n
 class GuestSpec:
     """What the caller asks a guest to be; None leaves a property to its default, or as it is.
 
-    `new`: there must be no guest of that name yet. `maker`: who makes the device of a guest that is new. `place`: which
-    namespace `netns` must lead to.
+    `new`: there must be no guest of that name yet. `maker`: who makes the device of a guest that is new, `applied`: it
+    is made from a file. `origin` is where all this is asked for, for a refusal to say. `place`: which namespace `netns`
+    must lead to.
     """
 
     name: str
@@ -34,6 +40,25 @@ class GuestSpec:
     new: bool = False
     maker: Maker = "vmnet"
     place: NetnsId | None = None
+    applied: bool = False
+    origin: str = ""
+
+
+def _saying_where(
+    method: Callable[Concatenate["Asking", GuestSpec, _P], _T],
+) -> Callable[Concatenate["Asking", GuestSpec, _P], _T]:
+    """Have what a method refuses say where it was asked for."""
+
+    @wraps(method)
+    def saying(asking: "Asking", spec: GuestSpec, /, *rest: _P.args, **named: _P.kwargs) -> _T:
+        try:
+            return method(asking, spec, *rest, **named)
+        except UsageError as error:
+            if not spec.origin:
+                raise
+            raise UsageError(f"{spec.origin}: {error.message}", hint=error.hint) from None
+
+    return saying
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +70,7 @@ class Asking:
     here: NetnsId
     caller: int
 
+    @_saying_where
     def refuse_what_is_lacking(self, spec: GuestSpec) -> None:
         """Raise UsageError for what only guests with a network of their own have, on a system that has none."""
         if self.platform.carves:
@@ -64,6 +90,7 @@ class Asking:
                     hint="leave it out: here a guest is an alias, an address of this host itself with a name",
                 )
 
+    @_saying_where
     def compare(self, spec: GuestSpec, lease: Lease) -> Netns | None:
         """Raise Conflict where `spec` asks for something else than the lease has; return a namespace made anew."""
         if spec.new:
@@ -99,6 +126,7 @@ class Asking:
             )
         return replace(lease.netns, identity=found)
 
+    @_saying_where
     def request(self, spec: GuestSpec) -> LeaseRequest:
         """Return the request for a lease; raises UsageError or Conflict where the spec makes no guest."""
         usual: Kind = "tap" if self.platform.carves else "alias"
@@ -112,6 +140,8 @@ class Asking:
             raise UsageError("an alias is an address of the host itself", hint="leave --native, --mapped and --mtu out")
         if kind in ("tun", "alias") and spec.mac:
             raise UsageError(f"a {kind} has no MAC", hint="leave --mac out, or take a tap")
+        if spec.address is not None:
+            self.settings.pool.block_at(spec.address)
         if kind != "tap" and (spec.queues or 1) > 1:
             raise UsageError(f"a {kind} has one queue", hint="leave --queues out, or take a tap")
         netns = None
@@ -139,6 +169,7 @@ class Asking:
             netns=netns,
             address=spec.address,
             maker=spec.maker,
+            applied=spec.applied,
         )
 
     def _netns_path(self, netns: str) -> str:

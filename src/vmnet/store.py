@@ -14,7 +14,7 @@ import os
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +85,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             name TEXT NOT NULL, port INTEGER NOT NULL, protocol TEXT NOT NULL, target TEXT NOT NULL,
             target_port INTEGER NOT NULL, PRIMARY KEY (name, port, protocol)) STRICT""",
     ),
+    # Whether a guest was made from a file of guests. Those that were there before were not.
+    ("ALTER TABLE lease ADD COLUMN applied INTEGER NOT NULL DEFAULT 0",),
 )
 
 
@@ -146,6 +148,7 @@ class LeaseRequest:
     netns: Netns | None
     address: IPAddress | None
     maker: Maker = "vmnet"
+    applied: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,6 +376,14 @@ class Store:
             db.executemany("UPDATE lease SET wish = 'deleting' WHERE name = ?", [(name,) for name in overdue])
             return overdue
 
+    def prune(self, kept: Collection[str]) -> list[Lease]:
+        """Wish those guests deleted that were made from a file, and are not among `kept`; return them, by name."""
+        with self._writing() as db:
+            made = [_lease(row) for row in db.execute(f"SELECT {_COLUMNS} FROM lease WHERE applied ORDER BY name")]
+            surplus = [lease for lease in made if lease.name not in kept]
+            db.executemany("UPDATE lease SET wish = 'deleting' WHERE name = ?", [(lease.name,) for lease in surplus])
+            return surplus
+
     def relays(self) -> dict[str, list[Relay]]:
         """Return which ports lead elsewhere, by guests' names."""
         found: dict[str, list[Relay]] = {}
@@ -464,9 +475,9 @@ class Store:
 _COLUMNS = (
     "block, name, kind, mode, mac, mtu, owner, queues,"
     " netns_path, netns_owned, netns_device, netns_inode, netns_boot_id, netns_cookie, wish, created,"
-    " maker"
+    " maker, applied"
 )
-_INSERT_LEASE = f"INSERT INTO lease ({_COLUMNS}) VALUES ({', '.join('?' * 17)})"
+_INSERT_LEASE = f"INSERT INTO lease ({_COLUMNS}) VALUES ({', '.join('?' * 18)})"
 _NETNS_SET = "netns_path = ?, netns_owned = ?, netns_device = ?, netns_inode = ?, netns_boot_id = ?, netns_cookie = ?"
 _IS_ALLOCATABLE = "coalesce((SELECT hi > {0} FROM allocatable WHERE lo <= {0} ORDER BY lo DESC LIMIT 1), 0)"
 
@@ -635,6 +646,7 @@ def _new_lease(request: LeaseRequest, block: Block, created: str) -> Lease:
         wish="up",
         created=created,
         maker=request.maker,
+        applied=request.applied,
     )
 
 
@@ -652,17 +664,18 @@ def _netns_row(netns: Netns | None) -> _NetnsRow:
 
 def _lease_row(lease: Lease) -> tuple[object, ...]:
     words = (lease.block.number, lease.name, lease.kind, lease.mode, lease.mac, lease.mtu, lease.owner, lease.queues)
-    return (*words, *_netns_row(lease.netns), lease.wish, lease.created, lease.maker)
+    return (*words, *_netns_row(lease.netns), lease.wish, lease.created, lease.maker, lease.applied)
 
 
 def _lease(row: tuple[object, ...]) -> Lease:
-    block, name, kind, mode, mac, mtu, owner, queues, path, owned, *which, wish, created, maker = row
+    block, name, kind, mode, mac, mtu, owner, queues, path, owned, *which, wish, created, maker, applied = row
     netns = None
     if path is not None:
         identity = None if which[0] is None else NetnsId(*which)  # type: ignore[arg-type]
         netns = Netns(path, bool(owned), identity)  # type: ignore[arg-type]
     return Lease(
         name, Block(block), kind, mode, mac, mtu, owner, queues, netns, wish, created, maker,  # type: ignore[arg-type]
+        bool(applied),
     )  # fmt: skip
 
 

@@ -225,7 +225,19 @@ def test_freebsd_is_as_macos(mac: Mac) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["create db", "delete web", "up", "down web", "down", "plan", "restore", "carve", "watch --once"]
+    "command",
+    [
+        "create db",
+        "delete web",
+        "up",
+        "down web",
+        "down",
+        "plan",
+        "restore",
+        "carve",
+        "watch --once",
+        "apply /dev/null",
+    ],
 )
 def test_only_root_may_change_anything(command: str, mac: Mac) -> None:
     mac.vmnet("create", "web")
@@ -244,6 +256,43 @@ def test_root_that_ifconfig_does_not_take_for_root_is_told(mac: Mac) -> None:
     done = mac.vmnet("create", "web", check=False)
     assert (done.code, "permission denied" in done.err) == (6, True)
     assert (mac.aliases(), states(mac)) == (FIRST, {})
+
+
+def test_a_file_makes_aliases_and_prunes_its_own(mac: Mac) -> None:
+    file = mac.folder / "guests.toml"
+    mac.vmnet("create", "own")
+    file.write_text("[guest.web]\n[guest.db]\naddress = '127.9.0.2'\n")
+    done = mac.vmnet("apply", str(file), "--json").json
+    assert [(one["name"], one["kind"], one["state"]) for one in done["guests"]] == [
+        ("web", "alias", "up"),
+        ("db", "alias", "up"),
+    ]
+    assert mac.aliases() == aliases(A, B, "127.9.0.2")
+    before = changes(mac)
+    mac.vmnet("down", "web")
+    assert mac.vmnet("apply", str(file), "--dry-run").out == ""
+    mac.vmnet("apply", str(file))
+    assert (mac.aliases(), states(mac)["web"]) == (aliases(A, "127.9.0.2"), "down")
+    assert len(changes(mac)) == len(before) + 1
+    file.write_text("[guest.web]\n")
+    dry = mac.vmnet("apply", str(file), "--prune", "--dry-run", "-v", check=False)
+    assert (dry.code, "ifconfig lo0 -alias 127.9.0.2" in dry.out) == (10, True)
+    assert mac.vmnet("apply", str(file), "--prune", "--json").json["deleted"] == ["db"]
+    assert (mac.aliases(), states(mac)) == (aliases(A), {"own": "up", "web": "down"})
+    done = mac.run(*mac.command_line, "apply", "-", "--prune", stdin="")
+    assert (done.code, done.out) == (0, "web is deleted\n")
+    assert states(mac) == {"own": "up"}
+
+
+@pytest.mark.parametrize(
+    "line", ["kind = 'tap'", "netns = 'x'", "mode = 'native'", "mac = '02:00:00:00:00:01'", "mtu = 1400", "queues = 2"]
+)
+def test_what_only_linux_has_is_refused_in_a_file(line: str, mac: Mac) -> None:
+    (mac.folder / "guests.toml").write_text(f"[guest.db]\n[guest.web]\n{line}\n")
+    done = mac.vmnet("apply", "guests.toml", check=False)
+    assert (done.code, done.out, states(mac)) == (2, "", {})
+    assert done.err.startswith("vmnet: guests.toml: guest.web: --")
+    assert "which only Linux has" in done.err
 
 
 def test_an_alias_that_goes_meanwhile_is_gone(mac: Mac) -> None:

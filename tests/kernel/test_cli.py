@@ -372,6 +372,7 @@ def test_down_is_a_wish_that_holds_until_up(laptop: Laptop, run: Run) -> None:
     run("down", "a")
     run("up", "b")
     run("carve")
+    assert dry(run, "create", "a") == []
     assert run("create", "a", "--json").json[0]["state"] == "down"
     run("create", "c", "--kind", "veth")
     run("delete", "c")

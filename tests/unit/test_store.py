@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -736,6 +737,39 @@ def test_an_older_schema_is_brought_up_to_date(state: Path, monkeypatch: pytest.
             (1400, "", 2000),
             (1500, "", 4),
         ]
+
+
+def test_guests_of_the_first_schema_were_not_made_from_a_file(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = "block, name, kind, mode, mtu, owner, queues, wish, created, maker"
+    values = f"0, 'a', 'tap', 'mapped', 1500, 0, 1, 'up', '{NOW}', 'vmnet'"
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "MIGRATIONS", store_module.MIGRATIONS[:1])
+        Store.open(state, write=True).close()
+    with contextlib.closing(sqlite3.connect(state / "vmnet.db")) as db:
+        db.execute(f"INSERT INTO lease ({columns}) VALUES ({values})")
+        db.commit()
+    [old] = read(state)
+    assert not old.applied
+    with Store.open(state, write=True) as store:
+        assert store.prune([]) == []
+        [new] = store.allocate([replace(ask("b"), applied=True)], pool=WHOLE, created=NOW)
+        assert store.leases() == [old, new]
+
+
+def test_a_prune_is_of_what_was_made_from_a_file(state: Path) -> None:
+    with Store.open(state, write=True) as store:
+        asked = [ask("a"), *(replace(ask(name), applied=True) for name in "bcd")]
+        a, b, c, d = store.allocate(asked, pool=WHOLE, created=NOW)
+        assert [one.applied for one in store.leases()] == [False, True, True, True]
+        assert store.prune(["c", "x"]) == [b, d]
+        assert [(one.name, one.wish) for one in store.leases()] == [
+            ("a", "up"), ("b", "deleting"), ("c", "up"), ("d", "deleting"),
+        ]  # fmt: skip
+        store.release(["b", "d"], freed=0)
+        # What it was goes with the guest.
+        [again] = store.allocate([ask("b")], pool=WHOLE, created=NOW)
+        assert store.prune([]) == [c]
+        assert store.leases(["a", "b"]) == [a, again]
 
 
 def test_a_migration_that_fails_changes_nothing(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:

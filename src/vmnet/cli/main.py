@@ -2,7 +2,6 @@
 
 import json
 import os
-import pwd
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from netaddr import AddrFormatError, IPAddress
 from typer.exceptions import TyperException
 
 from vmnet import __version__
@@ -25,9 +23,10 @@ from vmnet.cli.hooks import hooks
 from vmnet.cli.nextstep import qemu_arguments
 from vmnet.cli.run import cannot_run
 from vmnet.cli.show import Reporter, as_json, op_as_json, print_guests, print_next_step, print_ops, say
+from vmnet.cli.values import check_mtu, check_queues, parse_address, parse_mac, parse_owner
 from vmnet.engine import Engine
 from vmnet.libvirt.element import libvirt_interface
-from vmnet.model import HostLacks, KernelRefused, Mode, NotPermitted, UsageError, VmnetError, check_name
+from vmnet.model import HostLacks, KernelRefused, Mode, UsageError, VmnetError, check_name
 from vmnet.ops import Op
 from vmnet.platform import Listener, Platform, Report
 from vmnet.requests import Answer
@@ -341,6 +340,27 @@ def plan(json_: Json = False, verbose: Verbose = False) -> None:
 
 
 @app.command()
+def apply(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A TOML file of guests; - is the standard input.")],
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Delete guests that an earlier apply made and FILE does not name.")
+    ] = False,
+    json_: Json = False,
+    dry_run: DryRun = False,
+    verbose: Verbose = False,
+) -> None:
+    """Create the guests that FILE names, all or none; what is there already stays."""
+    from vmnet.cli.guestfile import read_guests, say_applied
+
+    specs = read_guests(file)
+    with _engine(verbose=verbose) as engine:
+        done = engine.apply(specs, prune=prune, dry_run=dry_run)
+        if dry_run:
+            _say_plan(done.ops, json_=json_, verbose=verbose)
+        say_applied(done, engine.settings, json_=json_)
+
+
+@app.command()
 def watch(
     interval: Annotated[float, typer.Option(metavar="SECONDS", help="How often to look without any event.")] = 15.0,
     once: Annotated[bool, typer.Option("--once", help="Look once, put right what differs, and end.")] = False,
@@ -550,50 +570,12 @@ def _spec(
         name="",
         kind=kind.value if kind else None,
         mode=mode,
-        address=_address(address),
-        mac=_mac(mac),
-        mtu=_between("--mtu", mtu, 576, 65535),
-        owner=_owner(owner),
-        queues=_between("--queues", queues, 1, 256),
+        address=parse_address("--address", address),
+        mac=parse_mac("--mac", mac),
+        mtu=check_mtu("--mtu", mtu),
+        owner=parse_owner("--owner", owner),
+        queues=check_queues("--queues", queues),
     )
-
-
-def _address(text: str | None) -> IPAddress | None:
-    if text is None:
-        return None
-    try:
-        return IPAddress(text, flags=1)  # INET_PTON: four decimal numbers, nothing else
-    except (AddrFormatError, ValueError):
-        raise UsageError(f"--address {text[:80]!r} is not an IP address", hint="such as 127.1.0.2") from None
-
-
-def _mac(text: str | None) -> str | None:
-    if text is None:
-        return None
-    parts = text.lower().split(":")
-    right = len(parts) == 6 and all(len(part) == 2 and set(part) <= set("0123456789abcdef") for part in parts)
-    if not right or int(parts[0], 16) & 1 or not any(int(part, 16) for part in parts):
-        raise UsageError(f"--mac {text[:80]!r} is not the MAC of one device", hint="such as 02:00:00:00:00:01")
-    return ":".join(parts)
-
-
-def _between(option: str, value: int | None, low: int, high: int) -> int | None:
-    if value is not None and not low <= value <= high:
-        raise UsageError(f"{option} {value} is not between {low} and {high}")
-    return value
-
-
-def _owner(text: str | None) -> int | None:
-    if text is None:
-        return None
-    if os.geteuid() != 0:
-        raise NotPermitted("--owner needs root", hint="run it with sudo")
-    if text.isascii() and text.isdecimal() and int(text) < 0xFFFFFFFF:
-        return int(text)
-    try:
-        return pwd.getpwnam(text).pw_uid
-    except (KeyError, ValueError):
-        raise UsageError(f"--owner: there is no user {text[:80]!r}") from None
 
 
 def _version(wanted: bool) -> None:
