@@ -7,11 +7,15 @@ they can beforehand; only the programs' own time counts.
 import json
 import os
 import shutil
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.lab import Command, Laptop, Took
+from vmnet.client import SOCKET
 
 _CNI = Path("/usr/lib/cni")
 _NETAVARK = Path("/usr/lib/podman/netavark")
@@ -19,6 +23,22 @@ _NETNS = Path("/run/netns")
 _SOURCES = Path(__file__).resolve().parent.parent / "src"
 _PLAN_NOT_EMPTY = 10
 _DOOMED = 77777
+_ANSWERING = """import os, socket, sys
+from vmnet.client import BEGUN, EXITED, SOCKET
+os.mkdir(sys.argv[1])
+listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+listener.bind(f"{sys.argv[1]}/.{SOCKET}")
+listener.listen()
+os.rename(f"{sys.argv[1]}/.{SOCKET}", f"{sys.argv[1]}/{SOCKET}")
+while True:
+    client, _ = listener.accept()
+    _, descriptors, _, _ = socket.recv_fds(client, 1 << 18, 4)
+    client.send(BEGUN)
+    client.send(EXITED + b"0")
+    for descriptor in descriptors:
+        os.close(descriptor)
+    client.close()
+"""
 _FLOOR_RULES = """table ip floor {
   set guests { type ipv4_addr; }
   chain post { type nat hook postrouting priority 100; ip saddr @guests masquerade; }
@@ -54,6 +74,9 @@ class Method:
     def address(self, name: str) -> str:
         """Return how the host reaches a guest."""
         raise NotImplementedError
+
+    def close(self) -> None:
+        """End what `prepare` has started."""
 
 
 class Vmnet(Method):
@@ -97,6 +120,47 @@ class Vmnet(Method):
 
     def address(self, name: str) -> str:
         return self.laptop.output(self.command("ip", name)).strip()
+
+
+class Served(Vmnet):
+    """The same with a server, which is there from `prepare` on; processor time is that of the client alone."""
+
+    def __init__(self, name: str, laptop: Laptop, options: Sequence[str] = ("--kind", "veth")) -> None:
+        super().__init__(name, laptop, options)
+        self._server = 0
+
+    def command(self, *words: str) -> Command:
+        """Return a call of vmnet as bin/vmnet makes it."""
+        return Command(
+            [sys.executable, "-IS", str(_SOURCES / "vmnet" / "__main__.py"), *words], environment=self.environment
+        )
+
+    def prepare(self) -> None:
+        super().prepare()
+        self._server = self.laptop.start(self.command("serve"))
+        with self.laptop.entered():
+            while not Path("/run/vmnet/server.sock").exists():
+                time.sleep(0.01)
+
+    @contextmanager
+    def answering(self) -> Iterator[dict[str, str]]:
+        """Have somebody in this laptop who says of each command that it is done; yield the environment to get there."""
+        argv = [sys.executable, "-P", "-c", _ANSWERING, "/run/idle"]
+        pid = self.laptop.start(Command(argv, environment=self.environment))
+        try:
+            with self.laptop.entered():
+                while not Path("/run/idle", SOCKET).exists():
+                    time.sleep(0.01)
+            yield {**self.environment, "VMNET_RUN_DIR": "/run/idle"}
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+    def close(self) -> None:
+        if self._server:
+            os.kill(self._server, signal.SIGTERM)
+            os.waitpid(self._server, 0)
+            self._server = 0
 
 
 class Floor(Method):

@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from benchmarks.lab import Command, Laptop, Took, build, settle
-from benchmarks.methods import Cni, Floor, IpBatch, IpTaps, Method, Netavark, Vmnet
+from benchmarks.methods import Cni, Floor, IpBatch, IpTaps, Method, Netavark, Served, Vmnet
 from benchmarks.report import Table, Target
 from vmnet.ipam import Pool
 from vmnet.store import LeaseRequest, Store
@@ -33,6 +33,7 @@ class Bench:
     many: int
     say: Callable[[str], None]
     laptops: list[Laptop] = field(default_factory=list)
+    started: list[Method] = field(default_factory=list)
 
     @cached_property
     def floor(self) -> str:
@@ -52,6 +53,14 @@ class Bench:
     def vmnet(self, name: str = "vmnet", options: Sequence[str] = ("--kind", "veth")) -> list[Vmnet]:
         """Return vmnet on a laptop of its own; the same for the other ways: a list without what is not installed."""
         return [] if self._lacks(name, Vmnet) else [Vmnet(name, self.laptop(), options)]
+
+    def served(self, name: str = "vmnet, server", options: Sequence[str] = ("--kind", "veth")) -> list[Served]:
+        """Return vmnet with a server."""
+        if self._lacks(name, Served):
+            return []
+        way = Served(name, self.laptop(), options)
+        self.started.append(way)
+        return [way]
 
     def floors(self, *, filters: bool = True) -> list[Method]:
         """Return the floor, and what it is with filters."""
@@ -106,10 +115,21 @@ def prepare(ways: Sequence[Method]) -> None:
 def one(bench: Bench) -> list[Table]:
     """One guest: the whole command, for a namespace that is there."""
     vmnets = bench.vmnet()
-    ways = [*vmnets, *bench.floors(filters=False), *bench.ip_batch(), *bench.cni("ptp", "bridge"), *bench.netavark()]
+    ways = [
+        *vmnets, *bench.served(), *bench.floors(filters=False), *bench.ip_batch(), *bench.cni("ptp", "bridge"),
+        *bench.netavark(),
+    ]  # fmt: skip
     prepare(ways)
-    create = Table("create one guest, process start included", "ms", targets=[Target("vmnet", "its imports", 1.25)])
-    delete = Table("delete one guest", "ms")
+    create = Table(
+        "create one guest, process start included",
+        "ms",
+        targets=[
+            Target("vmnet", "its imports", 1.25),
+            Target("vmnet, server", "CNI ptp", 0.85),
+            Target("vmnet, server", "netavark", 0.5),
+        ],
+    )
+    delete = Table("delete one guest", "ms", targets=[Target("vmnet, server", "CNI ptp", 0.2)])
 
     def guest(way: Method) -> None:
         way.laptop.make_netns("f1")
@@ -131,6 +151,40 @@ def one(bench: Bench) -> list[Table]:
         ]
     bench.each_round(jobs)
     return [create, delete]
+
+
+def server(bench: Bench) -> list[Table]:
+    """What a command costs that a server does, by its parts: the interpreter, the client, the fork that works."""
+    ways = bench.served()
+    if not ways:
+        return []
+    [way] = ways
+    prepare([way])
+    way.laptop.make_netns("f1")
+    way.create(["f1"])
+    title = "one command that a server does, process start included"
+    table = Table(title, "ms", targets=[Target("the address of a guest", "python -c pass", 1.6)])
+
+    def note(name: str, command: Command) -> Callable[[], None]:
+        return lambda: _note(table, name, way.laptop.run(command))
+
+    with way.answering() as environment:
+        client = Command(way.command("ip", "f1").argv, environment=environment)
+        bench.each_round(
+            [
+                note("python -c pass", Command([sys.executable, "-c", "pass"])),
+                note("python -IS -c pass", Command([sys.executable, "-IS", "-c", "pass"])),
+                note("the client alone", client),
+                note("the address of a guest", way.command("ip", "f1")),
+                note("the address of a guest, without a server", _without_server(way.command("ip", "f1"))),
+            ]
+        )
+    return [table]
+
+
+def _without_server(command: Command) -> Command:
+    """Return the same command where it finds no server."""
+    return Command(command.argv, environment={**command.environment, "VMNET_RUN_DIR": "/run/vmnet-without"})
 
 
 def needed_imports(vmnet: Vmnet) -> list[str]:
@@ -293,6 +347,7 @@ def relay(bench: Bench) -> list[Table]:
 
 ROWS: dict[str, Callable[[Bench], list[Table]]] = {
     "one": one,
+    "server": server,
     "veths": veths,
     "taps": taps,
     "growth": growth,
@@ -305,6 +360,8 @@ ROWS: dict[str, Callable[[Bench], list[Table]]] = {
 
 def clean_up(bench: Bench) -> None:
     """Let go of everything."""
+    for way in bench.started:
+        way.close()
     for laptop in bench.laptops:
         laptop.close()
     shutil.rmtree(bench.folder)

@@ -1,5 +1,6 @@
 """Render the nftables ruleset from its template: from validated settings only, and without I/O beyond that."""
 
+from functools import cache
 from importlib.resources import files
 from string import Template
 
@@ -30,6 +31,10 @@ def render(plane: Plane, *, guard: bool) -> str:
         "one_out": f"{step:#06x}",
         "both_out": f"{2 * step & 0xFFFF:#06x}",
     }
-    template = (files("vmnet") / "templates" / "nftables.nft").read_text()
     guard_text = Template(_GUARD).substitute(values) if guard else ""
-    return Template(template).substitute(values, guard=guard_text)
+    return _template().substitute(values, guard=guard_text)
+
+
+@cache
+def _template() -> Template:
+    return Template((files("vmnet") / "templates" / "nftables.nft").read_text())

@@ -406,8 +406,9 @@ def rehearse() -> None:
     """Go the way of a command that changes nothing, so that the next one finds it all read and in memory."""
     with suppress(VmnetError, OSError), _open_engine(Listener()) as engine:
         engine.rehearse()
-    with suppress(VmnetError, OSError):
-        _command()(["ip", "rehearsal"], prog_name="vmnet", standalone_mode=False)
+    for words in ("ip rehearsal", "create rehearsal rehearsal --mac x"):
+        with suppress(VmnetError, OSError):
+            _command()(words.split(), prog_name="vmnet", standalone_mode=False)
 
 
 @app.command()

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from importlib.resources import files
@@ -54,7 +54,6 @@ class Answers:
     report: Report
     locks: Locks
     holds_back: Callable[[Op], bool]
-    _templates: dict[str, str] = field(init=False, default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -155,14 +154,11 @@ class Answers:
             return False
 
     def _render(self, leases: Sequence[Lease]) -> Mapping[str, str]:
-        if not self._templates:
-            folder = files("vmnet") / "templates" / "dnsmasq"
-            self._templates.update({name: (folder / f"{name}.conf").read_text() for name in ("dns", "dhcp")})
         where = Where(str(self.folder), str(self._leases), _RESOLV)
         plane = self.settings.plane
         return {
             **render_tables(leases, self.settings.domain, plane),
-            **render_settings(self._templates, where, self.settings.domain, plane, leases),
+            **render_settings(_templates(), where, self.settings.domain, plane, leases),
         }
 
     def _lacks_dnsmasq(self) -> bool:
@@ -227,6 +223,12 @@ _KEEPER = (
     str(Path(__file__).parents[2]),
 )
 _WITHOUT = "guests have no DHCP or no names until that is put right"
+
+
+@cache
+def _templates() -> Mapping[str, str]:
+    folder = files("vmnet") / "templates" / "dnsmasq"
+    return {name: (folder / f"{name}.conf").read_text() for name in ("dns", "dhcp")}
 
 
 @cache

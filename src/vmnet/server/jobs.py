@@ -66,8 +66,11 @@ def become(
     for descriptor in descriptors:
         os.close(descriptor)
     os.umask(umask)
-    os.environ.clear()
-    os.environ.update(order.environment)
+    for name in os.environ.keys() - order.environment.keys():
+        del os.environ[name]
+    for name, value in order.environment.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
     sys.argv = ["vmnet", *order.words]
     _open_streams()
     code = _exit_code(main)

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 from vmnet import __version__
 from vmnet.client import DIRECT, KILLED, own_code
@@ -33,6 +34,7 @@ _MOST_STRANGERS = 256  # connections of all users but root
 _MOST_FORKS_OF_ROOT = 32  # at a time; more of them would wait for each other's locks
 _ORDERS = frozenset({signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM, signal.SIGSTOP, signal.SIGCONT})
 """What root's client may have its fork be sent."""
+_SPARES = 2  # who makes a guest often wants something of it at once
 _NEXT_LOOK = 0.5  # seconds between two looks at what is overdue
 
 
@@ -73,7 +75,7 @@ class Server:
     _selector: selectors.BaseSelector = field(init=False, default_factory=selectors.DefaultSelector)
     _clients: set[_Client] = field(init=False, default_factory=set)
     _waiting: list[_Client] = field(init=False, default_factory=list)
-    _spare: Spare | None = field(init=False, default=None)
+    _spares: list[Spare] = field(init=False, default_factory=list)
     _own: Standing = field(init=False)
     _code: Freshness = field(init=False, default_factory=Freshness)
     _own_code: bytes = field(init=False, default_factory=own_code)
@@ -91,7 +93,7 @@ class Server:
             self._hear_signals(stack)
             self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
             self.work.rehearse()
-            self._have_spare()
+            self._have_spares(_SPARES)
             self.service.ready()
             self.service.log("serving", version=__version__, socket=str(self.paths.run))
             while not (self._stop and not self._forks()):
@@ -122,7 +124,7 @@ class Server:
         self._end_what_is_overdue()
         self._start_anew()
         if not self._forks():
-            self._have_spare()  # to make one now would slow down who works
+            self._have_spares(_SPARES)  # to make some while others work would slow those down
         self.service.alive()
 
     # Who comes
@@ -158,6 +160,9 @@ class Server:
         client = _Client(connection, peer, time.monotonic())
         self._clients.add(client)
         self._selector.register(connection, selectors.EVENT_READ, lambda: self._hear(client))
+        with suppress(BlockingIOError):
+            connection.recv(1, socket.MSG_PEEK)
+            self._hear(client)  # most have asked by now
 
     def _is_near(self, peer: Peer) -> bool:
         standing = standing_of(peer.pid)
@@ -242,11 +247,10 @@ class Server:
 
     def _employ(self, client: _Client, request: bytes, descriptors: list[int]) -> None:
         """Give a client to the fork that waits; raises OSError."""
-        self._have_spare()
-        spare = self._spare
-        if spare is None:
+        self._have_spares(1)
+        if not self._spares:
             raise OSError("there is no process to be had")
-        self._spare = None
+        spare = self._spares.pop(0)
         client.fork, client.since = spare, time.monotonic()
         self._selector.modify(spare.ended, selectors.EVENT_READ, lambda: self._hear_end(client, spare))
         spare.give(request, [client.connection.fileno(), *descriptors])
@@ -266,17 +270,16 @@ class Server:
 
     # Forks
 
-    def _have_spare(self) -> None:
-        """Have a fork ready for the next one who asks."""
-        if self._spare or self._code.due is not None or (self._stop and not self._waiting):
-            return
-        try:
-            self._spare = start_spare(self.work.rehearse, self._do)
-        except OSError as error:
-            self.service.log("no fork", level="error", reason=error.strerror or "")
-            return
-        spare = self._spare
-        self._selector.register(spare.ended, selectors.EVENT_READ, lambda: self._hear_end(None, spare))
+    def _have_spares(self, wanted: int) -> None:
+        """Have so many forks ready for those who ask next."""
+        while len(self._spares) < wanted and self._code.due is None and not (self._stop and not self._waiting):
+            try:
+                spare = start_spare(self.work.rehearse, self._do)
+            except OSError as error:
+                self.service.log("no fork", level="error", reason=error.strerror or "")
+                return
+            self._spares.append(spare)
+            self._selector.register(spare.ended, selectors.EVENT_READ, partial(self._hear_end, None, spare))
 
     def _do(self, job: Job) -> None:
         """Be the fork: of root's clients all is known, of others the uid."""
@@ -296,8 +299,8 @@ class Server:
         self._selector.unregister(fork.ended)
         _, status = os.waitpid(fork.pid, 0)
         fork.forget()
-        if fork is self._spare:
-            self._spare = None
+        if fork in self._spares:
+            self._spares.remove(fork)
             self.service.log("a fork ended early", level="warning", status=str(os.waitstatus_to_exitcode(status)))
             time.sleep(0.05)
         if client:
@@ -322,8 +325,8 @@ class Server:
         if due is None or now < due or self._forks() or self._code.is_fresh(now) or self._code.due != due:
             return
         self.service.log("starting anew", reason="vmnet has changed on disk")
-        if self._spare:
-            self._spare.forget()  # it ends when there is nobody to give it a job
+        for spare in self._spares:
+            spare.forget()  # it ends when there is nobody to give it a job
         if self._passed:
             pass_on(self._listener)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

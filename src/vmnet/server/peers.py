@@ -56,13 +56,13 @@ class Standing:
     """What a process has that decides what its command does: namespaces, root folder, who it is, and its rights."""
 
     places: tuple[tuple[int, int], ...]
-    uids: tuple[str, ...]
+    uids: tuple[bytes, ...]
     capabilities: int
     umask: int
 
     def serves(self, other: "Standing") -> bool:
         """Say whether this process may do the other's work: in the same places, as root itself, with no more rights."""
-        return self.places == other.places and set(other.uids) == {"0"} and not self.capabilities & ~other.capabilities
+        return self.places == other.places and set(other.uids) == {b"0"} and not self.capabilities & ~other.capabilities
 
     def shares_network(self, other: "Standing") -> bool:
         """Say whether both are in one network namespace."""
@@ -75,12 +75,16 @@ def standing_of(pid: int | str) -> Standing | None:
     try:
         found = [os.stat(place) for place in places]
         with open(f"/proc/{pid}/status", "rb") as file:
-            lines = dict(line.split(b":\t", 1) for line in file.read().splitlines() if b":\t" in line)
+            status = file.read()
     except OSError:
         return None
+
+    def value(name: bytes) -> bytes:
+        return status.partition(b"\n%s:\t" % name)[2].partition(b"\n")[0]
+
     return Standing(
         tuple((one.st_dev, one.st_ino) for one in found),
-        tuple(lines[b"Uid"].decode().split()),
-        int(lines[b"CapEff"], 16),
-        int(lines[b"Umask"], 8),
+        tuple(value(b"Uid").split()),
+        int(value(b"CapEff"), 16),
+        int(value(b"Umask"), 8),
     )

@@ -62,7 +62,7 @@ def start_spare(rehearse: Callable[[], None], work: Callable[[Job], None]) -> Sp
 def _be_a_spare(
     orders: socket.socket, parent: int, rehearse: Callable[[], None], work: Callable[[Job], None]
 ) -> NoReturn:
-    gc.disable()  # it would touch, and so copy, all pages; a job is short
+    gc.disable()  # to look through what the parent has would copy its pages; what is made here goes with the process
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
@@ -80,7 +80,6 @@ def _be_a_spare(
     if not (request or descriptors) or flags & socket.MSG_CTRUNC:
         os._exit(0)
     orders.close()
-    gc.enable()
     with suppress(SystemExit):
         work(Job(request, descriptors))
     os._exit(0)
