@@ -584,12 +584,15 @@ class Engine:
         name = "rehearsal"
         lease = Lease(name, Block(POOL_BLOCKS - 1), "veth", "native", "02:00:00:00:00:01", 1500, 0, 1, None, "up", "")
         with self._reading() as store:
+            if not self._host.is_wished_up(store):
+                return
+        with self._writing(dry_run=False) as store:
             self._sort(store, [GuestSpec(name)], dry_run=True)
-            self._host.is_wished_up(store)
             self._host.is_right(store)
             problems: dict[str, VmnetError] = {}
             self._guests.plan_up([lease], problems)
             self._guests.plan_down([lease], keep_netns=False)
+            self._names.plan([])
 
     # Guests of libvirt's domains
 

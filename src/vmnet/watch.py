@@ -46,6 +46,13 @@ class Domains(Protocol):
     def close(self) -> None: ...
 
 
+class Serving(Protocol):
+    """Who has a server at hand; see vmnet.server.keeping."""
+
+    def start(self, log: Callable[..., None]) -> None: ...
+    def close(self) -> None: ...
+
+
 class Relaying(Protocol):
     """Who relays ports of aliases; see vmnet.relay."""
 
@@ -117,6 +124,7 @@ class Watcher:
     truces: Truces = field(default_factory=Truces)
     domains: Domains | None = None
     relaying: Relaying | None = None
+    serving: Serving | None = None
     _engine: Engine = field(init=False)
     _events: EventSource = field(init=False)
     _opened: ExitStack = field(init=False, default_factory=ExitStack)
@@ -178,7 +186,7 @@ class Watcher:
         self._end_helpers()
 
     def _end_helpers(self) -> None:
-        for helper in (self.domains, self.relaying):
+        for helper in (self.domains, self.relaying, self.serving):
             if helper:
                 helper.close()
 
@@ -198,6 +206,8 @@ class Watcher:
         cause, heard, gap, looked = "start", Heard(lost=True), 0.0, -_QUIET
         due = act = self._read_clocks().steady
         self.service.log("watching", version=__version__, interval=f"{self.interval:g}s")
+        if self.serving:
+            self.serving.start(self.service.log)
         while not self.orders.stop:
             if self._has_jumped or self.orders.is_to_look():
                 cause, heard, act = "resume" if self._has_jumped else "order", Heard(clock=True), self._now.steady

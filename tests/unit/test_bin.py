@@ -23,7 +23,9 @@ BIN = Path(__file__).parents[2] / "bin"
 
 # What the tiny vmnet says of how it was started.
 MAIN = """
-import json, os, sys
+import json, os, site, sys
+if sys.flags.no_site:
+    site.main()
 import tiny
 said = {"argv": sys.argv[1:], "cwd": os.getcwd(), "pid": os.getpid(), "stdin": sys.stdin.read(),
         "python": sys.executable, "tiny": tiny.VERSION}

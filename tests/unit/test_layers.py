@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "requests": {"model"},
     "watch": {"", "engine", "freshness", "model", "ops", "platform", "signs", "store", "truces"},
     "relay": {"model", "relay"},
-    "hooks": {"", "hooks", "model", "ondisk", "settings", "systemd"},
+    "hooks": {"", "client", "hooks", "model", "ondisk", "settings", "systemd"},
     "doctor": set(),
     "questions": {"doctor"},
     "checkup": {

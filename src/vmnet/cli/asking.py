@@ -51,8 +51,6 @@ def ask(paths: Paths, *, netns: str | None = None, **fields: Any) -> Answer | No
         handles = [] if netns is None else [_open(netns)]
         try:
             data = _exchange(server, question, handles)
-        except OSError as error:
-            _fail(error.strerror or "it says nothing")
         finally:
             for handle in handles:
                 os.close(handle)
@@ -96,22 +94,27 @@ def _open(netns: str) -> int:
 
 
 def _exchange(server: socket.socket, question: Question, handles: list[int]) -> bytes:
-    """Send the question, and return all that comes back until the end, nothing from one who does not begin.
-
-    Raises OSError.
-    """
+    """Send the question, and return all that comes back until the end; nothing from one who does not begin."""
     request = b"\0".join((MAGIC, ASK, question.encode()))
     if len(request) > LARGEST:
         raise UsageError("that is more than can be asked of the server at a time", hint="name fewer guests")
-    socket.send_fds(server, [request], handles)
-    first = server.recv(1 << 17)
+    try:
+        socket.send_fds(server, [request], handles)
+        first = server.recv(1 << 17)
+    except TimeoutError:
+        raise KernelRefused(f"the server has not begun after {PATIENCE:g} s", hint="try again") from None
+    except OSError:
+        return b""
     if first != BEGUN:
         return first
     server.settimeout(_ANSWERED)
     parts = []
-    while part := server.recv(1 << 17):
-        parts.append(part)
-    return b"".join(parts) or b"nothing"
+    try:
+        while part := server.recv(1 << 17):
+            parts.append(part)
+    except OSError as error:
+        _fail(error.strerror or "it says nothing more")
+    return b"".join(parts) or _fail("it has said nothing")
 
 
 def _decode(data: bytes) -> Answer:

@@ -5,14 +5,18 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vmnet.cli.relays import Relaying
 from vmnet.cli.show import say
 from vmnet.libvirt.listen import Listening
-from vmnet.settings import Paths
+from vmnet.settings import Paths, backend
 from vmnet.signs import Service, read_status
+from vmnet.systemd import is_in_hosts_netns, systemd_runs
 from vmnet.watch import OpenEngine, Orders, Watcher
+
+if TYPE_CHECKING:
+    from vmnet.server.keeping import Keeping
 
 NOT_RUNNING = 10
 
@@ -31,8 +35,17 @@ def run(
     service = Service(as_json=as_json)
     Watcher(
         open_engine, service, paths.run, orders, interval=interval, metrics=metrics, domains=Listening(writing),
-        relaying=Relaying(), **others,
+        relaying=Relaying(), serving=_serving(paths), **others,
     ).watch()  # fmt: skip
+
+
+def _serving(paths: Paths) -> Keeping | None:
+    """Return who has a server at hand where systemd does not, which has one by a unit of its own."""
+    if backend() != "linux" or (systemd_runs() and is_in_hosts_netns()):
+        return None
+    from vmnet.server.keeping import Keeping
+
+    return Keeping(paths.run)
 
 
 def show_status(run: Path, *, as_json: bool) -> int:

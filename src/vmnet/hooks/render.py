@@ -5,11 +5,12 @@ import shlex
 from html import escape
 from importlib.resources import files
 
+from vmnet.client import SOCKET
 from vmnet.hooks.call import Call
 from vmnet.hooks.parts import File
 from vmnet.hooks.seal import seal
 
-_TOKEN = re.compile(r"@(COMMAND|ENVIRONMENT|SANDBOX|DOMAIN|PORT)@")
+_TOKEN = re.compile(r"@(COMMAND|ENVIRONMENT|SANDBOX|DOMAIN|PORT|SOCKET)@")
 _BARE = re.compile(r"[A-Za-z0-9/_.,:=+-]+")
 # systemd's path_is_safe for ExecStart= knows no quotes and backslashes; a $ in the first word is not undoubled.
 _NO_PROGRAM = re.compile(r"[\"'\\$]")
@@ -27,6 +28,8 @@ def render(file: File, call: Call) -> bytes:
         "ENVIRONMENT": environment,
         "SANDBOX": (folder / "systemd" / "sandbox.conf").read_text() if is_unit else "",
         "DOMAIN": call.settings.domain,
+        # No quotes: it is all of the line (systemd.socket(5)).
+        "SOCKET": f"{call.environment.get('VMNET_RUN_DIR', '/run/vmnet')}/{SOCKET}".replace("%", "%%"),
         "PORT": str(call.settings.plane.dns_port + 1),  # the spelling of native guests is the host's, too
     }
     text = (folder / file.template).read_text()

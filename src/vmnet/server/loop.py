@@ -23,7 +23,7 @@ from vmnet.freshness import Freshness
 from vmnet.server.jobs import answer, become, parse_order
 from vmnet.server.listening import Listener, pass_on, passed_socket
 from vmnet.server.peers import Peer, Standing, group_id, is_member, peer_of, standing_of
-from vmnet.server.spares import LARGEST, Job, Spare, start_spare
+from vmnet.server.spares import LARGEST, Job, Spare, end_with_parent, start_spare
 from vmnet.settings import Paths
 from vmnet.signs import Service
 
@@ -35,6 +35,7 @@ _MOST_FORKS_OF_ROOT = 32  # at a time; more of them would wait for each other's 
 _ORDERS = frozenset({signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM, signal.SIGSTOP, signal.SIGCONT})
 """What root's client may have its fork be sent."""
 _SPARES = 2  # who makes a guest often wants something of it at once
+_CALM = 0.03  # seconds without work, after which the last of them is made anew
 _NEXT_LOOK = 0.5  # seconds between two looks at what is overdue
 
 
@@ -76,6 +77,7 @@ class Server:
     _clients: set[_Client] = field(init=False, default_factory=set)
     _waiting: list[_Client] = field(init=False, default_factory=list)
     _spares: list[Spare] = field(init=False, default_factory=list)
+    _worked: float = field(init=False, default=0.0)
     _own: Standing = field(init=False)
     _code: Freshness = field(init=False, default_factory=Freshness)
     _own_code: bytes = field(init=False, default_factory=own_code)
@@ -86,6 +88,8 @@ class Server:
         assert own is not None, "/proc is not mounted"
         self._own = own
         with ExitStack() as stack:
+            if self.descriptor is not None:
+                end_with_parent(signal.SIGTERM)
             passed = passed_socket(self.descriptor)
             self._passed = passed is not None
             self._listener = stack.enter_context(passed or Listener(self.paths.run, group_id()))
@@ -117,14 +121,16 @@ class Server:
         if self._stop and self._listener.fileno() in self._selector.get_map():
             self._selector.unregister(self._listener)
         is_busy = bool(self._clients) or self._code.due is not None
-        patience = self.service.patience or None
-        for key, _ in self._selector.select(_NEXT_LOOK if is_busy else patience):
+        short = len(self._spares) < _SPARES and not is_busy
+        for key, _ in self._selector.select(
+            _CALM if short else _NEXT_LOOK if is_busy else self.service.patience or None
+        ):
             if self._selector.get_map().get(key.fd) == key:  # else who came before in this turn has ended it
                 key.data()
         self._end_what_is_overdue()
         self._start_anew()
-        if not self._forks():
-            self._have_spares(_SPARES)  # to make some while others work would slow those down
+        if not self._forks():  # to make some while others work would slow those down
+            self._have_spares(_SPARES if time.monotonic() - self._worked >= _CALM else 1)
         self.service.alive()
 
     # Who comes
@@ -307,6 +313,7 @@ class Server:
             if os.WIFSIGNALED(status) and client.peer.uid == 0:
                 with suppress(OSError):
                     client.connection.send(b"%s%d" % (KILLED, os.WTERMSIG(status)))
+            self._worked = time.monotonic()
             self._let_go(client)
             self._give_turns()
 

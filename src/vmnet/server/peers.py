@@ -1,5 +1,6 @@
 """Who is at the other end of a connection, as the kernel tells it, and what of them a server must share."""
 
+import errno
 import grp
 import os
 import socket
@@ -12,7 +13,7 @@ GROUP = "vmnet"
 """The group whose members may have guests of their own without root."""
 _SO_PEERGROUPS = 59  # include/uapi/asm-generic/socket.h; unix(7)
 _NAMESPACES = ("net", "mnt", "pid", "user")
-_PEER_LIMIT = 65536 * 4  # bytes: NGROUPS_MAX groups
+_LARGEST_OPTION = 1024  # bytes: the largest option that Python reads, here of 256 groups
 
 
 class Peer(NamedTuple):
@@ -41,8 +42,19 @@ def is_member(connection: socket.socket, peer: Peer) -> bool:
     gid = group_id()
     if gid is None or peer.gid == gid:
         return gid is not None
-    groups = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _PEER_LIMIT)
+    try:
+        groups = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _LARGEST_OPTION)
+    except OSError as error:
+        if error.errno != errno.ERANGE:
+            raise
+        return gid in _groups_of(peer.pid)
     return gid in struct.unpack(f"{len(groups) // 4}I", groups)
+
+
+def _groups_of(pid: int) -> set[int]:
+    """Return the groups of a process that is in more of them than Python reads by getsockopt(2)."""
+    with open(f"/proc/{pid}/status", "rb") as file:
+        return {int(one) for one in _value(file.read(), b"Groups").split()}
 
 
 @cache
@@ -79,12 +91,14 @@ def standing_of(pid: int | str) -> Standing | None:
     except OSError:
         return None
 
-    def value(name: bytes) -> bytes:
-        return status.partition(b"\n%s:\t" % name)[2].partition(b"\n")[0]
-
     return Standing(
         tuple((one.st_dev, one.st_ino) for one in found),
-        tuple(value(b"Uid").split()),
-        int(value(b"CapEff"), 16),
-        int(value(b"Umask"), 8),
+        tuple(_value(status, b"Uid").split()),
+        int(_value(status, b"CapEff"), 16),
+        int(_value(status, b"Umask"), 8),
     )
+
+
+def _value(status: bytes, name: bytes) -> bytes:
+    """Return what a line of /proc/PID/status says (proc(5))."""
+    return status.partition(b"\n%s:\t" % name)[2].partition(b"\n")[0]

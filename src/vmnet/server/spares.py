@@ -59,6 +59,11 @@ def start_spare(rehearse: Callable[[], None], work: Callable[[Job], None]) -> Sp
         os._exit(1)
 
 
+def end_with_parent(number: signal.Signals) -> None:
+    """Have the kernel send this process a signal when the thread that has started it ends (PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+
+
 def _be_a_spare(
     orders: socket.socket, parent: int, rehearse: Callable[[], None], work: Callable[[Job], None]
 ) -> NoReturn:
@@ -72,7 +77,7 @@ def _be_a_spare(
     os.closerange(own + 1, os.sysconf("SC_OPEN_MAX"))
     os.setsid()
     # Whoever asked is told that the server has ended: then nothing must go on behind their back.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    end_with_parent(signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(0)
     rehearse()
