@@ -62,6 +62,11 @@ def _have_done(words: list[str]) -> int | None:
     """Return the exit code of a command that the server has done, or None where it is to be done here."""
     import _socket
 
+    try:
+        for number in (0, 1, 2):
+            posix.fstat(number)  # in place of one that is closed there would be what is opened next
+    except OSError:
+        return None
     server = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
     try:
         server.settimeout(PATIENCE)

@@ -24,7 +24,7 @@ from typing import Any, Self
 
 from tests.darwin.fakes.state import STATE_FILE, State, held, read
 from tests.kernel.net import SOURCES, Result
-from tests.kernel.warm import Call, Warm
+from tests.kernel.warm import Call, Program, Warm
 
 FAKES = Path(__file__).parent / "fakes"
 _CHECKOUT = Path(__file__).parents[2]
@@ -105,7 +105,7 @@ class Mac:
         self._started.append(process)
         return process
 
-    def begin(self, *args: str) -> Call:
+    def begin(self, *args: str) -> Call | Program:
         """Start the command line and return at once."""
         return self._warm.start(self, *args)
 

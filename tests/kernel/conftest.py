@@ -24,8 +24,22 @@ def lab(tmp_path: Path, _namespaces: str | None) -> Iterator[net.Lab]:
         yield made
 
 
+# What is run both ways: each command by a process of its own, and by the server's.
+BOTH_WAYS = {
+    "test_alias", "test_apply", "test_carve", "test_cli", "test_devices", "test_exec", "test_many", "test_names",
+    "test_next", "test_refusals", "test_restore", "test_run",
+}  # fmt: skip
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.module.__name__.rpartition(".")[2] in BOTH_WAYS and "laptop" in metafunc.fixturenames:
+        metafunc.parametrize("laptop", ["direct", "served"], indirect=True)
+
+
 @pytest.fixture
-def laptop(lab: net.Lab) -> net.Laptop:
+def laptop(lab: net.Lab, request: pytest.FixtureRequest) -> net.Laptop:
+    if getattr(request, "param", "") == "served":
+        lab.laptop.start_server()
     return lab.laptop
 
 

@@ -41,6 +41,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from ipaddress import IPv4Network
 from pathlib import Path
+from threading import Thread
 from types import TracebackType
 from typing import IO, Any, Self
 from uuid import NAMESPACE_DNS, uuid5
@@ -62,6 +63,8 @@ FORMS = {
 """Every kind of guest in every mode it can have: the options of `create`."""
 
 SOURCES = Path(vmnet.__file__).parent.parent
+CLIENT = [sys.executable, "-IS", str(SOURCES / "vmnet/__main__.py")]
+"""How bin/vmnet calls vmnet."""
 
 _UNSHARE = ["unshare", "--net", "--mount", "--pid", "--fork"]
 _ANCHOR = """
@@ -120,6 +123,7 @@ class Laptop(Machine):
     """The host: a machine with mounts and processes of its own, on which vmnet runs."""
 
     lab: "Lab"
+    server: "subprocess.Popen[str] | None" = None
 
     def __init__(self, lab: "Lab", folder: Path) -> None:
         # A pipe as stdin: cat ends when this process does, and pid 1 takes the whole laptop with it.
@@ -191,11 +195,32 @@ class Laptop(Machine):
         pipe = subprocess.PIPE
         return subprocess.Popen(self.command(*argv), stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=self.env)
 
+    def start_server(self) -> None:
+        """Start vmnet's server here; from now on `vmnet` runs the client that looks for it first."""
+        self.server = self.start(*CLIENT, "serve")
+        # Whatever it says is shown when a test fails.
+        self.server.stderr, errors = sys.stderr, self.server.stderr
+        assert errors is not None
+        assert "serving" in errors.readline()
+        Thread(target=lambda: sys.stderr.writelines(errors), daemon=True).start()
+        assert self.is_served(), "the client does not have the server do it"
+
+    def is_served(self, *args: str) -> bool:
+        """Run a command that is to succeed, by default a look, and say whether the server did it."""
+        told = self.execute(sys.executable, "-X", "importtime", *CLIENT[1:], *(args or ("list",)))
+        assert told.code == 0, told.err
+        return "typer" not in told.err
+
+    @property
+    def call(self) -> list[str]:
+        """How vmnet is called."""
+        return [sys.executable, "-m", "vmnet"] if self.server is None else CLIENT
+
     def vmnet(
         self, *args: str, check: bool = True, stdin: str | None = None, env: dict[str, str] | None = None
     ) -> Result:
         """Run the command line in the laptop; with `check` another exit code than 0 fails the test."""
-        result = self.execute(sys.executable, "-m", "vmnet", *args, stdin=stdin, env=env)
+        result = self.execute(*self.call, *args, stdin=stdin, env=env)
         assert not check or result.code == 0, f"vmnet {' '.join(args)}: {result.code}\n{result.out}{result.err}"
         return result
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from tests.kernel.net import SOURCES, Result
+from tests.kernel.net import SOURCES, Laptop, Result
 
 _CHECKOUT = Path(__file__).parents[2]
 _ATTACHED = b"attached"
@@ -52,6 +52,23 @@ class Call:
         return Result(int(status), out, err)
 
 
+class Program:
+    """A program under way: the client of a server's."""
+
+    def __init__(self, laptop: Laptop, args: Sequence[str]) -> None:
+        pipe = subprocess.PIPE
+        argv = laptop.command(*laptop.call, *args)
+        self._process = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, env=laptop.env
+        )
+
+    def wait(self) -> Result:
+        """Return how it ended."""
+        out, err = self._process.communicate()
+        code = self._process.returncode
+        return Result(code if code >= 0 else _KILLED - code, out, err)
+
+
 class Warm:
     """The process that is forked; a context manager that ends it."""
 
@@ -74,8 +91,13 @@ class Warm:
         self._socket.close()
         self._process.wait()
 
-    def start(self, place: Place, *args: str, strace: Sequence[str] = ()) -> Call:
-        """Start the command line there, watched by strace with those options if there are any."""
+    def start(self, place: Place, *args: str, strace: Sequence[str] = ()) -> "Call | Program":
+        """Start the command line there, watched by strace with those options if there are any.
+
+        Where a server is, it is the client that is started, unless strace is to see what is done.
+        """
+        if isinstance(place, Laptop) and place.server and not strace:
+            return Program(place, args)
         request = {
             "namespaces": place.namespaces,
             "folder": str(place.folder),

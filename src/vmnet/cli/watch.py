@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vmnet.cli.relays import Relaying
 from vmnet.cli.show import say
@@ -13,10 +13,7 @@ from vmnet.libvirt.listen import Listening
 from vmnet.settings import Paths, backend
 from vmnet.signs import Service, read_status
 from vmnet.systemd import is_in_hosts_netns, systemd_runs
-from vmnet.watch import OpenEngine, Orders, Watcher
-
-if TYPE_CHECKING:
-    from vmnet.server.keeping import Keeping
+from vmnet.watch import OpenEngine, Orders, Serving, Watcher
 
 NOT_RUNNING = 10
 
@@ -39,7 +36,7 @@ def run(
     ).watch()  # fmt: skip
 
 
-def _serving(paths: Paths) -> Keeping | None:
+def _serving(paths: Paths) -> Serving | None:
     """Return who has a server at hand where systemd does not, which has one by a unit of its own."""
     if backend() != "linux" or (systemd_runs() and is_in_hosts_netns()):
         return None

@@ -21,8 +21,8 @@ def passed_socket(descriptor: int | None = None) -> socket.socket | None:
         descriptor = _FIRST_PASSED
     if descriptor is None:
         return None
-    os.set_inheritable(descriptor, False)
     try:
+        os.set_inheritable(descriptor, False)
         passed = socket.socket(fileno=descriptor)
         kind = (passed.family, passed.type, passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
     except OSError as error:
