@@ -124,6 +124,7 @@ class Laptop(Machine):
 
     lab: "Lab"
     server: "subprocess.Popen[str] | None" = None
+    programs: list[str] | None = None
 
     def __init__(self, lab: "Lab", folder: Path) -> None:
         # A pipe as stdin: cat ends when this process does, and pid 1 takes the whole laptop with it.
@@ -197,7 +198,7 @@ class Laptop(Machine):
 
     def start_server(self) -> None:
         """Start vmnet's server here; from now on `vmnet` runs the client that looks for it first."""
-        self.server = self.start(*CLIENT, "serve")
+        self.server = self.start(*self.client, "serve")
         # Whatever it says is shown when a test fails.
         self.server.stderr, errors = sys.stderr, self.server.stderr
         assert errors is not None
@@ -207,14 +208,20 @@ class Laptop(Machine):
 
     def is_served(self, *args: str) -> bool:
         """Run a command that is to succeed, by default a look, and say whether the server did it."""
-        told = self.execute(sys.executable, "-X", "importtime", *CLIENT[1:], *(args or ("list",)))
+        python, *words = self.client
+        told = self.execute(python, "-X", "importtime", *words, *(args or ("list",)))
         assert told.code == 0, told.err
         return "typer" not in told.err
 
     @property
     def call(self) -> list[str]:
         """How vmnet is called."""
-        return [sys.executable, "-m", "vmnet"] if self.server is None else CLIENT
+        return self.client if self.server or self.programs else [sys.executable, "-m", "vmnet"]
+
+    @property
+    def client(self) -> list[str]:
+        """How the client is called, which looks for a server."""
+        return self.programs or CLIENT
 
     def vmnet(
         self, *args: str, check: bool = True, stdin: str | None = None, env: dict[str, str] | None = None

@@ -64,7 +64,10 @@ def pid_of_server(laptop: Laptop) -> int:
     """Return the number here of the server itself, whose forks are called as it is."""
 
     def parent(pid: int) -> int:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        try:
+            return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            return pid  # it has ended meanwhile
 
     servers = [pid for pid in processes(laptop) if not is_client(pid)]
     [pid] = [one for one in servers if parent(one) not in servers]
@@ -82,7 +85,7 @@ def is_client(pid: int) -> bool:
 @contextmanager
 def host_locked(laptop: Laptop) -> Iterator[None]:
     """Hold the lock that each command needs that changes anything."""
-    with (laptop.folder / "run/host.lock").open("a") as file:
+    with laptop.path(f"{laptop.env['VMNET_RUN_DIR']}/host.lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

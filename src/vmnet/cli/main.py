@@ -26,7 +26,7 @@ from vmnet.cli.show import Reporter, as_json, op_as_json, print_guests, print_ne
 from vmnet.cli.values import check_mtu, check_queues, parse_address, parse_mac, parse_owner
 from vmnet.engine import Engine
 from vmnet.libvirt.element import libvirt_interface
-from vmnet.model import HostLacks, KernelRefused, Mode, UsageError, VmnetError, check_name
+from vmnet.model import HostLacks, KernelRefused, Mode, NotPermitted, UsageError, VmnetError, check_name
 from vmnet.ops import Op
 from vmnet.platform import Listener, Platform, Report
 from vmnet.requests import Answer
@@ -255,8 +255,9 @@ def show(
 def _look(name: str | None) -> Sequence[Mapping[str, Any]]:
     """Return how a guest is, or all of them; a user without root does not see into their namespaces, and asks."""
     names = () if name is None else (name,)
-    if is_user() and (answer := ask(Paths.from_environment(), verb="look", names=names, every=name is None)):
-        return answer.guests
+    with suppress(NotPermitted):  # who is no member sees what all may see
+        if is_user() and (answer := ask(Paths.from_environment(), verb="look", names=names, every=name is None)):
+            return answer.guests
     with _engine() as engine:
         return [as_json(one, engine.settings) for one in engine.look(list(names) or None)]
 

@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 from vmnet.cli.asked import BUSY, reply
 from vmnet.client import SERVED
 from vmnet.libvirt.hook import main as libvirt_hook
-from vmnet.model import VmnetError
+from vmnet.model import NotPermitted, VmnetError
 from vmnet.platform import Listener
 from vmnet.server.loop import Server, Work
 from vmnet.settings import Paths
@@ -33,7 +34,9 @@ def run_server(
     descriptor: int | None,
     as_json: bool,
 ) -> None:
-    """Serve until SIGTERM or SIGINT."""
+    """Serve until SIGTERM or SIGINT; raises NotPermitted for all but root."""
+    if os.geteuid() != 0:
+        raise NotPermitted("a server needs root, which is who it works for", hint="run it with sudo")
     for module in _LATE:
         importlib.import_module(module)
 
