@@ -26,7 +26,7 @@ def lab(tmp_path: Path, _namespaces: str | None) -> Iterator[net.Lab]:
 
 # What is run both ways: each command by a process of its own, and by the server's.
 BOTH_WAYS = {
-    "test_alias", "test_apply", "test_carve", "test_cli", "test_devices", "test_exec", "test_many", "test_names",
+    "test_alias", "test_apply", "test_carve", "test_cli", "test_exec", "test_many", "test_names",
     "test_next", "test_refusals", "test_restore", "test_run",
 }  # fmt: skip
 

@@ -309,6 +309,48 @@ def test_the_service_of_the_boot_works_within_its_sandbox(
     assert (found.st_uid, found.st_gid, found.st_mode & 0o777) == (65534, 65534, 0o664)
 
 
+def test_the_server_works_within_its_sandbox(laptop: Laptop, confined: list[str], damaged: Callable[[], None]) -> None:
+    os.chown(laptop.folder / "run", 0, 0)
+    unit = WATCHER.replace("watch", "server")
+    server = laptop.start(*(unit if word == WATCHER else word for word in confined), "serve")
+    assert server.stderr is not None
+    assert "serving" in server.stderr.readline()
+    client = [confined[2 + confined.index(str(SANDBOX))], "-I", "-m", "vmnet"]
+
+    def served(*words: str) -> Result:
+        done = laptop.execute(*client[:1], "-X", "importtime", *client[1:], *words)
+        assert "typer" not in done.err, "the server did not do it"
+        return Result(done.code, done.out, "".join(re.findall(r"^vmnet: .*\n", done.err, re.MULTILINE)))
+
+    kinds = {"new": ["--kind", "veth"], "tun": ["--kind", "tun"], "here": ["--kind", "alias"]}
+    if why_no_tap() is None:
+        kinds["vm"] = ["--owner", "65534"]
+    for name, options in kinds.items():
+        assert served("create", name, *options).code == 0, name
+    damaged()
+    assert served("up") == Result(0, "", "")
+    assert is_right(laptop)
+    assert "web.vmnet.internal" in laptop.hosts_file.read_text()
+    if "vm" in kinds:
+        assert served("show", "vm", "--seed", "seed.iso").code == 0
+    assert served("relay", "here", "80:127.0.0.1:8080").code == 0
+    assert served("down", "web").code == 0
+    assert served("delete", "--all") == Result(0, "", "")
+    assert served("restore", "--purge") == Result(0, "", "")
+    laptop.run("pkill", "-TERM", "-o", "-f", "vmnet serve$")
+    assert server.wait(60) == 0
+
+
+def test_a_group_that_is_there_gets_the_socket(laptop: Laptop, hooks: Callable[..., Result]) -> None:
+    socket_unit = laptop.path("/etc/systemd/system/vmnet-server.socket")
+    hooks("install", "systemd")
+    assert "SocketMode=0600" in socket_unit.read_text()
+    laptop.run("groupadd", "--system", "vmnet")
+    assert "outdated" in hooks("status", "systemd").out
+    hooks("install", "systemd")
+    assert "SocketGroup=vmnet\nSocketMode=0660\n" in socket_unit.read_text()
+
+
 def test_the_watcher_works_within_its_sandbox(laptop: Laptop, confined: list[str], damaged: Callable[[], None]) -> None:
     manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     laptop.lab.at_exit(manager.close)

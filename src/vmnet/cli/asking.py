@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from vmnet import __version__
 from vmnet.client import ASK, BEGUN, DIRECT, MAGIC, PATIENCE, SOCKET
+from vmnet.members import GROUP, group_id
 from vmnet.model import (
     Conflict,
     HostLacks,
@@ -70,9 +71,10 @@ def _connect(server: socket.socket, paths: Paths) -> bool:
     try:
         server.connect(str(paths.run / SOCKET))
     except PermissionError:
+        make = "" if group_id() is not None else f"sudo groupadd --system {GROUP}; sudo vmnet hooks install; "
         raise NotPermitted(
-            "this needs root, or membership in the group vmnet",
-            hint="run it with sudo; or sudo usermod -aG vmnet USER, then log in anew",
+            f"this needs root, or membership in the group {GROUP}",
+            hint=f"run it with sudo; or {make}sudo usermod -aG {GROUP} USER, and log in anew",
         ) from None
     except OSError:
         return False

@@ -3,7 +3,6 @@
 A part more is an entry more in `PARTS`, and its templates.
 """
 
-import grp
 import os
 import re
 import subprocess
@@ -135,13 +134,6 @@ def _is_down() -> bool:
     return not all(_says_yes("systemctl", "is-active", "--quiet", unit)() for unit in units)
 
 
-def _lacks_group() -> bool:
-    try:
-        return not grp.getgrnam(_GROUP)
-    except KeyError:
-        return True
-
-
 def _sysvinit_runs() -> bool:
     try:
         return Path("/proc/1/comm").read_text().strip() == "init" and is_in_hosts_netns()
@@ -163,8 +155,6 @@ def _systemd_version() -> int:
 
 _UNITS = ("vmnet.service", "vmnet-watch.service")
 _SERVER = ("vmnet-server.socket", "vmnet-server.service")
-_SYSUSERS = "/etc/sysusers.d/vmnet.conf"
-_GROUP = "vmnet"
 _UNIT_FOLDER = "/etc/systemd/system"
 _SYSTEM_UNITS = ("/usr/lib/systemd/system", "/lib/systemd/system", "/etc/systemd/system")
 _SCRIPT = "/etc/init.d/vmnet"
@@ -214,17 +204,11 @@ PARTS = (
         found=_systemd_is_init,
         files=(
             *(File(f"{_UNIT_FOLDER}/{unit}", f"systemd/{unit}") for unit in (*_UNITS, *_SERVER)),
-            # systemd makes the group from it when it starts (systemd-sysusers(8)).
-            File(_SYSUSERS, "sysusers/vmnet.conf"),
             # What `systemctl enable` makes of their [Install], on machines without a systemctl that can run, too.
             *(File(f"{_UNIT_FOLDER}/multi-user.target.wants/{unit}", link=f"{_UNIT_FOLDER}/{unit}") for unit in _UNITS),
             File(f"{_UNIT_FOLDER}/sockets.target.wants/{_SERVER[0]}", link=f"{_UNIT_FOLDER}/{_SERVER[0]}"),
         ),
         installed=(
-            Command(("systemd-sysusers", _SYSUSERS), when=lambda: _lacks_group() and _is_program("systemd-sysusers")),
-            Command(
-                ("groupadd", "--system", _GROUP), when=lambda: _lacks_group() and not _is_program("systemd-sysusers")
-            ),
             _RELOAD,
             Command(("systemctl", "restart", *_UNITS, _SERVER[0]), when=_service_may_start, overdue=_is_down),
         ),

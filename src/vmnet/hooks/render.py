@@ -9,8 +9,9 @@ from vmnet.client import SOCKET
 from vmnet.hooks.call import Call
 from vmnet.hooks.parts import File
 from vmnet.hooks.seal import seal
+from vmnet.members import GROUP, group_id
 
-_TOKEN = re.compile(r"@(COMMAND|ENVIRONMENT|SANDBOX|DOMAIN|PORT|SOCKET)@")
+_TOKEN = re.compile(r"@(COMMAND|ENVIRONMENT|SANDBOX|DOMAIN|PORT|SOCKET|ACCESS)@")
 _BARE = re.compile(r"[A-Za-z0-9/_.,:=+-]+")
 # systemd's path_is_safe for ExecStart= knows no quotes and backslashes; a $ in the first word is not undoubled.
 _NO_PROGRAM = re.compile(r"[\"'\\$]")
@@ -30,6 +31,7 @@ def render(file: File, call: Call) -> bytes:
         "DOMAIN": call.settings.domain,
         # No quotes: it is all of the line (systemd.socket(5)).
         "SOCKET": f"{call.environment.get('VMNET_RUN_DIR', '/run/vmnet')}/{SOCKET}".replace("%", "%%"),
+        "ACCESS": f"SocketGroup={GROUP}\nSocketMode=0660" if group_id() is not None else "SocketMode=0600",
         "PORT": str(call.settings.plane.dns_port + 1),  # the spelling of native guests is the host's, too
     }
     text = (folder / file.template).read_text()

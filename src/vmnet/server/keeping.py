@@ -11,9 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 
+from vmnet.members import group_id
 from vmnet.model import VmnetError
 from vmnet.server.listening import Listener
-from vmnet.server.peers import group_id
 
 _MAIN = Path(__file__).parents[1] / "__main__.py"
 _SHORT, _PAUSE = 5.0, 5.0  # seconds: one that ends sooner is not started again at once

@@ -20,9 +20,10 @@ from functools import partial
 from vmnet import __version__
 from vmnet.client import DIRECT, KILLED, own_code
 from vmnet.freshness import Freshness
+from vmnet.members import group_id
 from vmnet.server.jobs import answer, become, parse_order
 from vmnet.server.listening import Listener, pass_on, passed_socket
-from vmnet.server.peers import Peer, Standing, group_id, is_member, peer_of, standing_of
+from vmnet.server.peers import Peer, Standing, is_member, peer_of, standing_of
 from vmnet.server.spares import LARGEST, Job, Spare, end_with_parent, start_spare
 from vmnet.settings import Paths
 from vmnet.signs import Service

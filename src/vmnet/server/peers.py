@@ -1,7 +1,6 @@
 """Who is at the other end of a connection, as the kernel tells it, and what of them a server must share."""
 
 import errno
-import grp
 import os
 import socket
 import struct
@@ -9,8 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
-GROUP = "vmnet"
-"""The group whose members may have guests of their own without root."""
+from vmnet.members import group_id
+
 _SO_PEERGROUPS = 59  # include/uapi/asm-generic/socket.h; unix(7)
 _NAMESPACES = ("net", "mnt", "pid", "user")
 _LARGEST_OPTION = 1024  # bytes: the largest option that Python reads, here of 256 groups
@@ -27,14 +26,6 @@ class Peer(NamedTuple):
 def peer_of(connection: socket.socket) -> Peer:
     """Return who connected; raises OSError."""
     return Peer(*struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)))
-
-
-def group_id() -> int | None:
-    """Return the gid of the group `vmnet`, None where there is none."""
-    try:
-        return grp.getgrnam(GROUP).gr_gid
-    except KeyError:
-        return None
 
 
 def is_member(connection: socket.socket, peer: Peer) -> bool:
