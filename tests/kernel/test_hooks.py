@@ -331,8 +331,6 @@ def test_the_server_works_within_its_sandbox(laptop: Laptop, confined: list[str]
     assert served("up") == Result(0, "", "")
     assert is_right(laptop)
     assert "web.vmnet.internal" in laptop.hosts_file.read_text()
-    if "vm" in kinds:
-        assert served("show", "vm", "--seed", "seed.iso").code == 0
     assert served("relay", "here", "80:127.0.0.1:8080").code == 0
     assert served("down", "web").code == 0
     assert served("delete", "--all") == Result(0, "", "")

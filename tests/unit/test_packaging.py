@@ -158,3 +158,8 @@ def test_an_installed_wheel_has_the_command(installed: Path, tmp_path: Path) -> 
     version = re.search(r'__version__ = "(.+)"', (CHECKOUT / "src/vmnet/__init__.py").read_text())
     assert version
     assert done.stdout == f"vmnet {version[1]}\n"
+    lines = (installed / "bin/vmnet").read_text().splitlines()
+    assert lines[0] == f"#!{installed / 'bin/python'}"
+    assert [line for line in lines if "import" in line and not line.startswith("#")] == [
+        "from vmnet.client import main"
+    ]

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from vmnet.cli.asked import BUSY, reply
-from vmnet.client import SERVED
+from vmnet.client import is_for_server
 from vmnet.libvirt.hook import main as libvirt_hook
 from vmnet.model import NotPermitted, VmnetError
 from vmnet.platform import Listener
@@ -57,7 +57,7 @@ def _run(main: Callable[[], None]) -> None:
     """Run the command line, or what libvirt calls, by sys.argv."""
     import sys
 
-    if sys.argv[1] not in SERVED:
+    if not is_for_server(sys.argv[1:]):
         raise SystemExit(2)  # a client that asks for this is none of ours
     if sys.argv[1] == "libvirt-hook":
         raise SystemExit(libvirt_hook(sys.argv[2:]))
