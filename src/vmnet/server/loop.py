@@ -284,6 +284,7 @@ class Server:
                 spare = start_spare(self.work.rehearse, self._do)
             except OSError as error:
                 self.service.log("no fork", level="error", reason=error.strerror or "")
+                time.sleep(0.1)
                 return
             self._spares.append(spare)
             self._selector.register(spare.ended, selectors.EVENT_READ, partial(self._hear_end, None, spare))
@@ -334,7 +335,9 @@ class Server:
             return
         self.service.log("starting anew", reason="vmnet has changed on disk")
         for spare in self._spares:
-            spare.forget()  # it ends when there is nobody to give it a job
+            signal.pidfd_send_signal(spare.ended, signal.SIGKILL)
+            os.waitpid(spare.pid, 0)
+            spare.forget()
         if self._passed:
             pass_on(self._listener)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
