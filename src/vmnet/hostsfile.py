@@ -35,11 +35,13 @@ _MARKER = re.compile(
 )
 # One of our lines, editors' changes at its end aside: a guest's address in 127.1.0.0 to 127.63.255.255, the third of
 # its block, so 2 modulo 4; a tab; one name with a dot in it.
-_LINE = re.compile(
-    rb"(?<![^\n])(?P<address>127\.(?:[1-9]|[1-5]\d|6[0-3])\.(?:[1-9]?\d|1\d\d|2[0-4]\d|25[0-5])\."
-    rb"(?:[26]|1?[13579][048]|1?[2468][26]|10[26]|2[13][048]|2[024][26]|25[04]))"
-    rb"\t(?P<name>[\w-]{1,63}(?:\.[\w-]{1,63}){1,126})[ \t\r]*(?:\n|\Z)"
+_ADDRESS = (
+    rb"127\.(?:[1-9]|[1-5]\d|6[0-3])\.(?:[1-9]?\d|1\d\d|2[0-4]\d|25[0-5])\."
+    rb"(?:[26]|1?[13579][048]|1?[2468][26]|10[26]|2[13][048]|2[024][26]|25[04])"
 )
+_NAME = rb"[\w-]{1,63}(?:\.[\w-]{1,63}){1,126}"
+_LINE = re.compile(rb"(?<![^\n])(?P<address>%s)\t(?P<name>%s)[ \t\r]*(?:\n|\Z)" % (_ADDRESS, _NAME))
+_OURS = re.compile(rb"(?:%s\t%s\n)*" % (_ADDRESS, _NAME))
 
 
 class HostsFileUnwritable(VmnetError):
@@ -73,14 +75,12 @@ def names_in(content: bytes) -> dict[str, str]:
 
 
 def _lines(names: Names) -> list[bytes]:
-    lines = []
-    for name, address in names.items():
-        line = f"{address}\t{name}\n".encode()
-        match = _LINE.fullmatch(line)
-        if match is None or match.end("name") != len(line) - 1:
-            raise ValueError(f"{line!r} is not a guest's line")
-        lines.append((inet_aton(address), line))
-    return [line for _, line in sorted(lines)]
+    lines = [f"{address}\t{name}\n".encode() for name, address in names.items()]
+    text = b"".join(lines)
+    if not _OURS.fullmatch(text) or text.count(b"\n") != len(lines):
+        wrong = next(line for line in lines if not _OURS.fullmatch(line) or line.count(b"\n") != 1)
+        raise ValueError(f"{wrong!r} is not a guest's line")
+    return sorted(lines, key=lambda line: inet_aton(line.partition(b"\t")[0].decode()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +171,11 @@ class HostsFile:
         the records, the last to write has the newest.
         """
         ask = names if callable(names) else lambda: names
-        if self.is_current(ask()):
-            return
+        if not self.is_current(ask()):
+            self.write(ask)
+
+    def write(self, ask: Callable[[], Names]) -> None:
+        """Do what `update` does where it is known that there is something to do."""
         with self._explained():
             real = os.path.realpath(self.path)
             for _ in range(_TRIES):

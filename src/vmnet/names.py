@@ -74,7 +74,7 @@ class Names:
         file = HostsFile(Path(op.path))
         try:
             if not file.is_current(dict(op.names)):
-                file.update(lambda: dict(ask()))
+                file.write(lambda: dict(ask()))
                 self.report.did(op)
         except HostsFileUnwritable as error:
             self.report.warn(error.message + (f" ({error.hint})" if error.hint else ""))
