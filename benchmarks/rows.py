@@ -201,7 +201,7 @@ def needed_imports(vmnet: Vmnet) -> list[str]:
 def veths(bench: Bench) -> list[Table]:
     """Many veth guests in one command, a namespace for each."""
     names = [f"f{number}" for number in range(1, bench.many + 1)]
-    quick = [*bench.vmnet(), *bench.floors()]
+    quick = [*bench.vmnet(), *bench.served(), *bench.floors()]
     create = Table(
         f"create {bench.many} veth guests, each",
         "ms",
@@ -209,9 +209,11 @@ def veths(bench: Bench) -> list[Table]:
             Target("vmnet", "floor", 2.5),
             Target("vmnet", "floor with filters", 2.5),
             Target("vmnet", "CNI ptp", 1 / 20),
+            Target("vmnet, server", "floor", 2.5),
         ],
     )
-    delete = Table(f"delete {bench.many} veth guests, each", "ms", targets=[Target("vmnet", None, 1.0)])
+    limits = [Target(name, None, 1.0) for name in ("vmnet", "vmnet, server")]
+    delete = Table(f"delete {bench.many} veth guests, each", "ms", targets=limits)
     prepare(quick)
     bench.each_round([partial(_many, way, names, create, delete) for way in quick])
     growth = Table(f"create the last tenth of {bench.many} guests, each, beside the first tenth", "times")
@@ -243,8 +245,10 @@ def _slowly(way: Method, names: Sequence[str], create: Table, growth: Table) -> 
 def taps(bench: Bench) -> list[Table]:
     """Many taps in one command."""
     names = [f"f{number}" for number in range(1, bench.many + 1)]
-    ways = [*bench.vmnet(options=("--kind", "tap")), *bench.ip_taps()]
-    create = Table(f"create {bench.many} taps, each", "ms", targets=[Target("vmnet", "ip -batch", 2.5)])
+    taps_ = ("--kind", "tap")
+    ways = [*bench.vmnet(options=taps_), *bench.served(options=taps_), *bench.ip_taps()]
+    targets = [Target(name, "ip -batch", 2.5) for name in ("vmnet", "vmnet, server")]
+    create = Table(f"create {bench.many} taps, each", "ms", targets=targets)
     delete = Table(f"delete {bench.many} taps, each", "ms", targets=[Target("vmnet", None, 1.0)])
     for way in ways:
         way.prepare()
@@ -257,11 +261,18 @@ def taps(bench: Bench) -> list[Table]:
 def growth(bench: Bench) -> list[Table]:
     """One guest where there is none, where there are many, and where many blocks are allocated."""
     crowd, blocks = f"{bench.many} guests there", f"{_BLOCKS} blocks allocated"
-    ways = [one for name in ("nothing there", crowd, blocks) for one in bench.vmnet(name)]
-    if not ways:
-        return []
-    targets = [Target(name, "nothing there", 1.1) for name in (crowd, blocks)]
-    create, delete = Table("create one guest", "ms", targets=targets), Table("delete one guest", "ms", targets=targets)
+    found: list[Table] = []
+    for kind, make in (("", bench.vmnet), (", with a server", bench.served)):
+        ways = [one for name in ("nothing there", crowd, blocks) for one in make(name)]
+        if ways:
+            found += _grow(bench, ways, kind, [Target(name, "nothing there", 1.1) for name in (crowd, blocks)])
+    return found
+
+
+def _grow(bench: Bench, ways: Sequence[Vmnet], kind: str, targets: Sequence[Target]) -> list[Table]:
+    """Return what one guest takes on three laptops: empty, with many guests, and with many records."""
+    create = Table(f"create one guest{kind}", "ms", targets=targets)
+    delete = Table(f"delete one guest{kind}", "ms", targets=targets)
     prepare(ways)
     ways[1].create([f"g{number}" for number in range(bench.many)])
     allocate(Path(ways[2].environment["VMNET_STATE_DIR"]), _BLOCKS)
