@@ -111,6 +111,9 @@ class Vmnet(Method):
     def prepare(self) -> None:
         self.laptop.run(self.command("carve"))
 
+    def close(self) -> None:
+        self.laptop.run(self.command("restore"))  # and with it what answers guests ends
+
     def create(self, names: Sequence[str]) -> Took:
         netns = ["--netns", names[0]] if len(names) == 1 and "veth" in self._options else []
         return self.laptop.run(self.command("create", *names, *self._options, *netns))
@@ -157,6 +160,7 @@ class Served(Vmnet):
             os.waitpid(pid, 0)
 
     def close(self) -> None:
+        super().close()
         if self._server:
             os.kill(self._server, signal.SIGTERM)
             os.waitpid(self._server, 0)

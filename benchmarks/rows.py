@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TypeVar
 
 from benchmarks.lab import Command, Laptop, Took, build, settle
 from benchmarks.methods import Cni, Floor, IpBatch, IpTaps, Method, Netavark, Served, Vmnet
@@ -15,6 +16,7 @@ from benchmarks.report import Table, Target
 from vmnet.ipam import Pool
 from vmnet.store import LeaseRequest, Store
 
+_T = TypeVar("_T", bound=Method)
 _HERE = Path(__file__).resolve().parent
 _BLOCKS = 100_000
 _TELLING = """import atexit, runpy, sys
@@ -52,15 +54,16 @@ class Bench:
 
     def vmnet(self, name: str = "vmnet", options: Sequence[str] = ("--kind", "veth")) -> list[Vmnet]:
         """Return vmnet on a laptop of its own; the same for the other ways: a list without what is not installed."""
-        return [] if self._lacks(name, Vmnet) else [Vmnet(name, self.laptop(), options)]
+        return [] if self._lacks(name, Vmnet) else [self._started(Vmnet(name, self.laptop(), options))]
 
     def served(self, name: str = "vmnet, server", options: Sequence[str] = ("--kind", "veth")) -> list[Served]:
         """Return vmnet with a server."""
-        if self._lacks(name, Served):
-            return []
-        way = Served(name, self.laptop(), options)
+        return [] if self._lacks(name, Served) else [self._started(Served(name, self.laptop(), options))]
+
+    def _started(self, way: _T) -> _T:
+        """Have a way ended in the end."""
         self.started.append(way)
-        return [way]
+        return way
 
     def floors(self, *, filters: bool = True) -> list[Method]:
         """Return the floor, and what it is with filters."""

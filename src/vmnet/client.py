@@ -28,6 +28,8 @@ SERVED = frozenset(
 """What a server does. What becomes another program, watches, or looks after services stays the caller's."""
 BEGUN, EXITED, KILLED, DIRECT = b"b", b"x", b"k", b"d"
 PATIENCE = 10.0  # seconds for a server that is there to begin
+_HOOKS_PATIENCE = 2.0  # of the five that libvirt's hook has for everything
+_OWN = ("/dev/fd/", "/dev/std", "/proc/self", "/proc/thread-self")
 _RUN_FOLDER = b"/run/vmnet"
 _LONGEST = 200_000  # bytes: what net.core.wmem_default lets a message have (socket(7)), but for a rest
 _O_PATH = 0o10000000  # include/uapi/asm-generic/fcntl.h
@@ -45,8 +47,13 @@ def main() -> None:
 
 
 def is_for_server(words: list[str]) -> bool:
-    """Say whether a server does such a command: none that starts programs which its sandbox does not know."""
-    return bool(words) and words[0] in SERVED and not any(word.startswith("--seed") for word in words)
+    """Say whether a server does such a command.
+
+    None that starts programs which its sandbox does not know, and none that names what only the caller's process has.
+    """
+    if not words or words[0] not in SERVED:
+        return False
+    return not any(word.startswith("--seed") or one in word for word in words for one in _OWN)
 
 
 def _do_here() -> None:
@@ -74,7 +81,7 @@ def _have_done(words: list[str]) -> int | None:
         return None
     server = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
     try:
-        server.settimeout(PATIENCE)
+        server.settimeout(_HOOKS_PATIENCE if words[0] == "libvirt-hook" else PATIENCE)
         server.connect(_address())
         # Whoever listens is given descriptors and an environment of root's.
         credentials = server.getsockopt(_socket.SOL_SOCKET, _SO_PEERCRED, 12)  # struct ucred: pid, uid, gid
@@ -136,7 +143,10 @@ def _wait(server: "socket") -> int:
             return
         if number == _SIGTSTP:
             posix.kill(posix.getpid(), _SIGSTOP)
-            server.send(bytes([_SIGCONT]))
+            try:
+                server.send(bytes([_SIGCONT]))
+            except OSError:
+                return  # it is done already
 
     for number in (_SIGINT, _SIGHUP, _SIGQUIT, _SIGTERM, _SIGTSTP):
         if _signal.getsignal(number) != _signal.SIG_IGN:

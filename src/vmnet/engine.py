@@ -204,7 +204,7 @@ class Engine:
             with _unless_overtaken(store, new):
                 store.preview(requests, pool=self.settings.pool, created=now, limits=self._limits)
         for name, netns in rebound.items():
-            store.set_netns({name: netns})
+            store.set_netns({name: netns}, owner=self.on_behalf)
         carved = self._ensure_host(store)
         try:
             with self._locks.host(shared=True):
@@ -276,9 +276,13 @@ class Engine:
                 problems.append(error)
             if not problems:
                 return
-            # One that somebody has deleted and made anew meanwhile has another block, or is not of this call.
-            ours = {lease.name: lease.block for lease in recorded}
-            undone = [one for one in store.leases(new) if one.wish != "deleting" and one.block == ours[one.name]]
+            # Not one that somebody has deleted and made anew meanwhile.
+            ours = {(lease.name, lease.block, lease.owner, lease.created) for lease in recorded}
+            undone = [
+                one
+                for one in store.leases(new)
+                if one.wish != "deleting" and (one.name, one.block, one.owner, one.created) in ours
+            ]
             store.set_wish([lease.name for lease in undone], "deleting")
             self._guests.take_down(undone, keep_netns=False)
             store.release([lease.name for lease in undone], freed=time.time())

@@ -302,12 +302,15 @@ class Store:
                     raise _no_such_guest(name)
                 db.execute("UPDATE lease SET wish = ? WHERE name = ?", (wish, name))
 
-    def set_netns(self, places: Mapping[str, Netns]) -> None:
-        """Record where guests live now, by name, all or none; raise `NoSuchGuest` for a name without a lease."""
+    def set_netns(self, places: Mapping[str, Netns], *, owner: int | None = None) -> None:
+        """Record where guests live now, by name, all or none; raise `NoSuchGuest` for a name without a lease.
+
+        With `owner` all must be of that uid, else `NotPermitted`.
+        """
         with self._writing() as db:
             for name, netns in places.items():
-                if not db.execute(f"UPDATE lease SET {_NETNS_SET} WHERE name = ?", (*_netns_row(netns), name)).rowcount:
-                    raise _no_such_guest(name)
+                need_own(_need_lease(db, name), owner)
+                db.execute(f"UPDATE lease SET {_NETNS_SET} WHERE name = ?", (*_netns_row(netns), name))
 
     def release(self, names: Sequence[str], *, freed: float) -> None:
         """Drop the leases of `names`; their blocks join the queue of freed ones in that order.

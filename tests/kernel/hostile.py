@@ -4,14 +4,17 @@ import json
 import os
 import signal
 import socket
+import struct
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 SERVER = "/run/vmnet/server.sock"
 _O_PATH = 0o10000000
 _held: list[socket.socket] = []
+_listening: list[socket.socket] = []
 
 
 def main() -> None:
@@ -111,6 +114,44 @@ def _die(data: str, after: float) -> int:
     return os.waitpid(pid, 0)[1]
 
 
+def _come_and_go(times: int) -> int:
+    """Connect and end at once, as often as that; return how often there was somebody."""
+    met = 0
+    for _ in range(times):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                _connect()
+            except OSError:
+                os._exit(1)
+            os._exit(0)
+        met += os.waitpid(pid, 0)[1] == 0
+    return met
+
+
+def _linger(seconds: int) -> int:
+    """Leave on a connection too many a socket that does not end before its data has been taken, which never is."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    for _ in range(8):
+        sender = socket.create_connection(listener.getsockname())
+        sender.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, seconds))
+        sender.setblocking(False)
+        try:
+            while sender.send(bytes(1 << 16)):
+                pass
+        except BlockingIOError:
+            pass
+        connection = _connect()
+        with suppress(OSError):
+            socket.send_fds(connection, [b"x"], [sender.fileno()])
+        sender.close()
+        _held.append(connection)
+    _listening.append(listener)
+    return len(_held)
+
+
 def _never_read(data: str) -> bool:
     """Ask, and never read the answer."""
     connection = _connect()
@@ -160,5 +201,7 @@ _DEEDS: dict[str, Any] = {
     "die": _die,
     "never read": _never_read,
     "in pieces": _in_pieces,
+    "come and go": _come_and_go,
+    "linger": _linger,
     "spoil": _spoil,
 }

@@ -373,6 +373,47 @@ def test_systemd_may_pass_it_the_socket(laptop: Laptop) -> None:
     assert is_served(laptop)
 
 
+def test_systemds_socket_stays_with_the_newer_server(laptop: Laptop, tmp_path: Path) -> None:
+    laptop.vmnet("carve")
+    activate = shutil.which("systemd-socket-activate")
+    if activate is None:
+        pytest.skip("needs systemd-socket-activate, of systemd")
+    sources = tmp_path / "src"
+    shutil.copytree(SOURCES, sources)
+    names = [f"--setenv={name}" for name in laptop.env if name.startswith("VMNET_")]
+    program = [sys.executable, "-IS", str(sources / "vmnet/__main__.py"), "serve"]
+    manager = laptop.start(activate, "--seqpacket", f"--listen={path_of(laptop)}", *names, *program)
+    assert wait_until(path_of(laptop).exists, 10)
+    assert is_served(laptop, client=sources)
+    pid = pid_of_server(laptop)
+    with (sources / "vmnet/model.py").open("a") as file:
+        file.write("\n")
+    assert not is_served(laptop, client=sources)
+    assert wait_until(lambda: is_served(laptop, client=sources), 15)
+    assert pid_of_server(laptop) == pid
+    assert manager.poll() is None
+
+
+FROM_A_FILE = """
+import os, socket, sys
+sys.path.append(sys.argv[1])
+from vmnet import client
+server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+server.settimeout(10)
+server.connect(client._address())
+request = b"\\0".join((client.MAGIC, client.RUN, client.own_code(), *client._arguments(["list"]), *client._environment()))
+handles = [os.open("/dev/null", os.O_RDWR) for _ in range(3)] + [os.open("/etc/passwd", os.O_RDONLY)]
+socket.send_fds(server, [request], handles)
+print(server.recv(16))
+"""
+
+
+def test_from_a_folder_that_is_closed_to_root_it_is_the_callers(
+    laptop: Laptop, server: "subprocess.Popen[str]"
+) -> None:
+    assert laptop.run(sys.executable, "-c", FROM_A_FILE, str(SOURCES)) == "b'd'\n"
+
+
 # libvirt's hooks
 
 

@@ -73,7 +73,7 @@ def test_a_user_makes_sees_and_deletes_guests_of_their_own(laptop: Laptop, alice
     assert alice.vmnet("create", "mine", "--json").json == [info]
     assert alice.vmnet("create", "mine", "--mtu", "1500", check=False).code == 4
     [link] = json.loads(laptop.run("ip", "-j", "-d", "link", "show", "dev", "vmn-mine"))
-    assert link["linkinfo"]["info_data"]["user"] in ("4201", 4201)
+    assert link["linkinfo"]["info_data"]["user"] in ("u4201", "4201", 4201)
     assert alice.vmnet("down", "mine", "--dry-run", check=False).code == 10
     assert alice.vmnet("down", "mine", "--json").json == [{**info, "state": "down"}]
     assert "vmn-mine" not in laptop.links()
@@ -259,6 +259,27 @@ def test_one_that_never_reads_its_answer(laptop: Laptop, mallory: Hostile) -> No
     assert wait_until(lambda: len(processes(laptop)) <= 3, 30)
     mallory.do("leave")
     User(laptop, 4202).vmnet("delete", "--all")
+
+
+def test_ends_at_once_are_taken_note_of(laptop: Laptop, mallory: Hostile) -> None:
+    pid = pid_of_server(laptop)
+    assert mallory.do("come and go", times=600) > 500
+    assert pid_of_server(laptop) == pid
+
+
+def test_a_socket_that_lingers_keeps_nobody_waiting(laptop: Laptop, mallory: Hostile) -> None:
+    laptop.run("ip", "link", "set", "lo", "up")
+    mallory.do("crowd", count=32, data="")
+    mallory.do("linger", seconds=60)
+    command = laptop.start(*laptop.call, "list")
+    assert command.communicate(timeout=20)[1] == ""
+    mallory.do("leave")
+
+
+def test_who_has_no_account_is_nobody(laptop: Laptop, alice: User) -> None:
+    subordinate = User(laptop, 100_000)
+    refused = subordinate.vmnet("create", "web", check=False)
+    assert (refused.code, "needs root" in refused.err) == (6, True)
 
 
 def test_half_a_question_is_none(mallory: Hostile) -> None:

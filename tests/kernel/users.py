@@ -14,6 +14,8 @@ from typing import Any, Self
 from tests.kernel.net import Laptop, Result, need_own_etc
 
 GROUP = 990
+USERS = range(4201, 4210)
+"""Those who have an account."""
 _CHECKOUT = Path(__file__).parents[2]
 _PYTHON, _MAIN = "/run/venv/bin/python", "/run/checkout/src/vmnet/__main__.py"
 
@@ -22,6 +24,8 @@ def let_users_in(laptop: Laptop) -> None:
     """Put all that users need where they get at it, make the group, and start a server."""
     need_own_etc()
     laptop.run("groupadd", "--gid", str(GROUP), "vmnet")
+    with laptop.path("/etc/passwd").open("a") as file:
+        file.writelines(f"u{uid}:x:{uid}:{uid}::/:/bin/sh\n" for uid in USERS)
     for name, source in (("checkout", _CHECKOUT), ("venv", Path(sys.prefix))):
         laptop.run("mkdir", f"/run/{name}")
         laptop.run("mount", "--bind", str(source), f"/run/{name}")

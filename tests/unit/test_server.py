@@ -43,6 +43,19 @@ def test_any_bytes_are_an_order_or_none(data: bytes) -> None:
     assert parse_question(data) is None or data.startswith(MAGIC + b"\0" + ASK)
 
 
+@pytest.mark.parametrize(
+    ("words", "served"),
+    [
+        ("create web", True), ("ip web", True), ("apply -", True), ("libvirt-hook qemu vm start begin -", True),
+        ("", False), ("--version", False), ("exec web -- ls", False), ("run web -- ls", False), ("watch", False),
+        ("serve", False), ("doctor", False), ("hooks install", False), ("show web --seed=x", False),
+        ("apply /dev/fd/63", False), ("apply /dev/stdin", False), ("create w --netns /proc/self/fd/3", False),
+    ],
+)  # fmt: skip
+def test_what_a_server_does(words: str, served: bool) -> None:
+    assert client.is_for_server(words.split()) is served
+
+
 def test_the_client_imports_next_to_nothing() -> None:
     code = "import sys; before = set(sys.modules); import vmnet.client; print(*sorted(set(sys.modules) - before))"
     done = subprocess.run(

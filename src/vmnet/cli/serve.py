@@ -3,6 +3,7 @@
 import gc
 import importlib
 import os
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -37,6 +38,12 @@ def run_server(
     """Serve until SIGTERM or SIGINT; raises NotPermitted for all but root."""
     if os.geteuid() != 0:
         raise NotPermitted("a server needs root, which is who it works for", hint="run it with sudo")
+    for number in (0, 1, 2):  # what is opened next must not be one of them
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115 -- None where it was closed
     for module in _LATE:
         importlib.import_module(module)
 

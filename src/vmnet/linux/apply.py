@@ -332,7 +332,10 @@ class _Run:
                 deleting.close()
 
         thread = Thread(target=delete, daemon=True)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads are to be had (pids.max of a cgroup)
+            delete()
         while thread.is_alive() and self._places.host.get(Message(RTM_GETLINK, 0, wire.link_query(index=index))):
             thread.join(_GLANCES)
         return failures

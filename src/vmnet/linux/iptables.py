@@ -25,8 +25,11 @@ _PATIENCE = "--wait=10"
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 
 
-def look_at_nft(netlink: Netlink) -> tuple[Chain, ...]:
-    """Return the chains there are in nf_tables; `netlink` is to netfilter, and tells alone where there are none."""
+def look_at_nft(netlink: Netlink) -> tuple[Chain, ...] | None:
+    """Return the chains there are in nf_tables, None where no program shows them.
+
+    `netlink` is to netfilter, and tells alone where there are none.
+    """
     questions = [
         Message(_GETCHAIN, 0, _IPV4 + text(_NFTA_CHAIN_TABLE, "filter") + text(_NFTA_CHAIN_NAME, name))
         for name in OFFERED
@@ -36,7 +39,7 @@ def look_at_nft(netlink: Netlink) -> tuple[Chain, ...]:
 
 def look_at_legacy() -> tuple[Chain, ...]:
     """Return the chains there are in the older ip_tables."""
-    return _saved(LEGACY) if has_legacy_filter() else ()
+    return (_saved(LEGACY) or ()) if has_legacy_filter() else ()
 
 
 def has_legacy_filter() -> bool:
@@ -47,11 +50,11 @@ def has_legacy_filter() -> bool:
         return False
 
 
-def _saved(program: str) -> tuple[Chain, ...]:
-    """Return the offered chains as `program` shows them; none where it is missing, or cannot read the table."""
+def _saved(program: str) -> tuple[Chain, ...] | None:
+    """Return the offered chains as `program` shows them; None where it is missing, or cannot read the table."""
     done = _run(f"{program}-save", "-t", "filter")
     if done is None or done.returncode:
-        return ()
+        return None
     lines = done.stdout.splitlines()
     return tuple(
         Chain(program, name, _ours(name, lines))
@@ -78,7 +81,7 @@ def put(op: PutRules) -> None:
         done = _run(f"{op.program}-restore", "-n", _PATIENCE, script=op.script())
         if done is None:
             raise HostLacks(f"the program {op.program}-restore is missing", hint="install iptables")
-        if done.returncode == 0 or Chain(op.program, op.chain, op.old) not in _saved(op.program):
+        if done.returncode == 0 or Chain(op.program, op.chain, op.old) not in (_saved(op.program) or ()):
             return
         words = done.stderr.strip().partition("\n")[0]
     raise KernelRefused(f"{op.program}-restore refused our rules in {op.chain}: {words or 'no reason given'}")

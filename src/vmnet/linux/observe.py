@@ -185,6 +185,8 @@ def _look_inside(view: GuestView, places: Places, lease: Lease, *, for_removal: 
         found = replace(found, cookie=netlink.netns_cookie)
     except ProcessLookupError:
         return replace(view, netns="stranger")
+    except FileNotFoundError:  # its last process has ended since
+        return replace(view, netns="absent")
     except OSError:
         return replace(view, netns="ours")  # not for this caller to see: nothing is known against it
     if found != recorded:

@@ -13,7 +13,7 @@ from pathlib import Path
 from vmnet.firewalls import Chain
 from vmnet.linux import iptables, nft
 from vmnet.linux.netlink import NETLINK_NETFILTER, Netlink
-from vmnet.ondisk import replace
+from vmnet.linux.places import boot_id
 
 _FILE = "nftables.seen"
 
@@ -39,8 +39,9 @@ class Ruleset:
         number = self._number(self._netlink)
         seen = self._seen or self._read()
         if number is None or seen is None or seen[0] != number:
-            seen = number or "", nft.listing(), iptables.look_at_nft(self._netlink)
-            if number and number == self._number(self._netlink):
+            chains = iptables.look_at_nft(self._netlink)
+            seen = number or "", nft.listing(), chains or ()
+            if number and chains is not None and number == self._number(self._netlink):
                 self._seen = seen
                 self._write(seen)
         return seen[1], (*seen[2], *iptables.look_at_legacy())
@@ -51,7 +52,7 @@ class Ruleset:
         if generation is None or cookie is None:
             return None
         program = os.stat(nft.program())
-        return f"{generation.hex()} {cookie} {program.st_mtime_ns} {program.st_size}"
+        return f"{boot_id()} {cookie} {generation.hex()} {program.st_mtime_ns} {program.st_size}"
 
     def _read(self) -> tuple[str, str | None, tuple[Chain, ...]] | None:
         if self._file is None:
@@ -64,6 +65,11 @@ class Ruleset:
         return self._seen
 
     def _write(self, seen: tuple[str, str | None, tuple[Chain, ...]]) -> None:
-        if self._file and self._file.parent.is_dir():
-            with suppress(OSError):  # then it is looked at anew the next time
-                replace(self._file, json.dumps(seen))
+        if self._file is None:
+            return
+        partial = self._file.with_name(f".{_FILE}.{os.getpid()}")  # several may write it at once
+        with suppress(OSError):  # no folder, a full disk: then it is looked at anew the next time
+            partial.unlink(missing_ok=True)
+            with open(partial, "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+                json.dump(seen, file)
+            partial.replace(self._file)

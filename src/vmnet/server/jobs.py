@@ -3,6 +3,7 @@
 import io
 import locale
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -57,14 +58,18 @@ def become(
     `descriptors` are its 0, 1, 2 and current folder. Nothing is begun for a client that has gone.
     """
     try:
+        for number, descriptor in enumerate(descriptors[:3]):
+            os.dup2(descriptor, number)
+        os.fchdir(descriptors[3])
+    except OSError:  # its folder is closed to root (NFS, FUSE), though it has been there before
+        client.send(DIRECT)
+        return
+    for descriptor in descriptors:
+        os.close(descriptor)
+    try:
         client.send(BEGUN)
     except OSError:
         return
-    for number, descriptor in enumerate(descriptors[:3]):
-        os.dup2(descriptor, number)
-    os.fchdir(descriptors[3])
-    for descriptor in descriptors:
-        os.close(descriptor)
     os.umask(umask)
     for name in os.environ.keys() - order.environment.keys():
         del os.environ[name]
@@ -100,9 +105,14 @@ def _exit_code(main: Callable[[], None]) -> int:
     """Run `main` as the interpreter runs a program, and return the exit code."""
     code: int | str | None = 0
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         main()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     except SystemExit as end:
         code = end.code
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)  # and the server tells how it ended
     except BaseException:  # noqa: BLE001 -- the interpreter shows it at the end of a program
         sys.excepthook(*sys.exc_info())
         code = 1

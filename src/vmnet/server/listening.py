@@ -34,7 +34,8 @@ def passed_socket(descriptor: int | None = None) -> socket.socket | None:
 
 def pass_on(listener: socket.socket) -> None:
     """Have what this process becomes by execve(2) find the listener, as if systemd had passed it."""
-    os.dup2(listener.fileno(), _FIRST_PASSED, inheritable=True)
+    os.dup2(listener.fileno(), _FIRST_PASSED)
+    os.set_inheritable(_FIRST_PASSED, True)  # which dup2 does not do where it is that very one
     os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
 
 

@@ -23,7 +23,7 @@ from vmnet.freshness import Freshness
 from vmnet.members import group_id
 from vmnet.server.jobs import answer, become, parse_order
 from vmnet.server.listening import Listener, pass_on, passed_socket
-from vmnet.server.peers import Peer, Standing, is_member, peer_of, standing_of
+from vmnet.server.peers import Peer, Standing, has_account, is_member, peer_of, standing_of
 from vmnet.server.spares import LARGEST, Job, Spare, end_with_parent, start_spare
 from vmnet.settings import Paths
 from vmnet.signs import Service
@@ -31,7 +31,7 @@ from vmnet.signs import Service
 _IDLE = 5.0  # seconds for a client that has connected to say what it wants
 _LONGEST_ANSWER = 120.0  # seconds that a fork may take for somebody who is not root
 _MOST_CONNECTIONS, _MOST_FORKS = 32, 4  # at a time, of each user but root
-_MOST_STRANGERS = 256  # connections of all users but root
+_MOST_STRANGERS, _MOST_STRANGE_FORKS = 256, 16  # connections and forks of all users but root
 _MOST_FORKS_OF_ROOT = 32  # at a time; more of them would wait for each other's locks
 _ORDERS = frozenset({signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM, signal.SIGSTOP, signal.SIGCONT})
 """What root's client may have its fork be sent."""
@@ -61,6 +61,7 @@ class _Client:
     peer: Peer
     since: float
     fork: Spare | None = None
+    abandoned: bool = False
 
 
 @dataclass
@@ -113,10 +114,13 @@ class Server:
         stack.callback(signal.set_wakeup_fd, -1)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: setattr(self, "_stop", True))
+        signal.signal(signal.SIGALRM, lambda *_: None)  # for _close_strangers
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # with SIG_IGN nobody could be waited for
         self._selector.register(reading, selectors.EVENT_READ, lambda: os.read(reading, 4096))
 
     def _forks(self) -> list[_Client]:
-        return [one for one in self._clients if one.fork]
+        """Return whose work is waited for; what was killed for taking too long may be stuck in the kernel for ever."""
+        return [one for one in self._clients if one.fork and not one.abandoned]
 
     def _turn(self) -> None:
         if self._stop and self._listener.fileno() in self._selector.get_map():
@@ -151,18 +155,18 @@ class Server:
             try:
                 self._admit(connection)
             except OSError:
-                connection.close()
+                _close_strangers(connection)
 
     def _admit(self, connection: socket.socket) -> None:
         peer = peer_of(connection)
         if peer.uid != 0:
-            if not is_member(connection, peer) or not self._is_near(peer):
-                connection.close()
+            if not (is_member(connection, peer) and has_account(peer.uid) and self._is_near(peer)):
+                _close_strangers(connection)
                 return
             strangers = Counter(one.peer.uid for one in self._clients if one.peer.uid != 0)
             if strangers[peer.uid] >= _MOST_CONNECTIONS or strangers.total() >= _MOST_STRANGERS:
                 connection.send(self.work.busy)
-                connection.close()
+                _close_strangers(connection)
                 return
         client = _Client(connection, peer, time.monotonic())
         self._clients.add(client)
@@ -186,7 +190,7 @@ class Server:
         if client.connection.fileno() >= 0:
             with suppress(KeyError):
                 self._selector.unregister(client.connection)
-            client.connection.close()
+            _close_strangers(client.connection)
 
     # What they say
 
@@ -233,7 +237,8 @@ class Server:
         busy = Counter(one.peer.uid for one in self._clients if one.fork)
         for client in list(self._waiting):
             uid = client.peer.uid
-            if busy[uid] >= (_MOST_FORKS if uid else _MOST_FORKS_OF_ROOT):
+            strange = busy.total() - busy[0]
+            if busy[uid] >= (_MOST_FORKS if uid else _MOST_FORKS_OF_ROOT) or (uid and strange >= _MOST_STRANGE_FORKS):
                 continue
             self._waiting.remove(client)
             if uid == 0:
@@ -254,7 +259,7 @@ class Server:
 
     def _employ(self, client: _Client, request: bytes, descriptors: list[int]) -> None:
         """Give a client to the fork that waits; raises OSError."""
-        self._have_spares(1)
+        self._have_spares(1, needed=True)
         if not self._spares:
             raise OSError("there is no process to be had")
         spare = self._spares.pop(0)
@@ -277,9 +282,9 @@ class Server:
 
     # Forks
 
-    def _have_spares(self, wanted: int) -> None:
-        """Have so many forks ready for those who ask next."""
-        while len(self._spares) < wanted and self._code.due is None and not (self._stop and not self._waiting):
+    def _have_spares(self, wanted: int, *, needed: bool = False) -> None:
+        """Have so many forks ready for those who ask next, or for one who is `needed` now."""
+        while len(self._spares) < wanted and self._code.due is None and (needed or not self._stop):
             try:
                 spare = start_spare(self.work.rehearse, self._do)
             except OSError as error:
@@ -324,7 +329,8 @@ class Server:
         for client in list(self._clients):
             if client.fork is None and client not in self._waiting and now - client.since > _IDLE:
                 self._let_go(client)
-            elif client.fork and client.peer.uid != 0 and now - client.since > _LONGEST_ANSWER:
+            elif client.fork and client.peer.uid != 0 and now - client.since > _LONGEST_ANSWER and not client.abandoned:
+                client.abandoned = True
                 with suppress(ProcessLookupError):
                     signal.pidfd_send_signal(client.fork.ended, signal.SIGKILL)
 
@@ -341,3 +347,16 @@ class Server:
         if self._passed:
             pass_on(self._listener)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _close_strangers(connection: socket.socket) -> None:
+    """Close a connection in which anything may be unread.
+
+    With it go descriptors that were sent and that nobody else has. One of a TCP socket that lingers (SO_LINGER,
+    socket(7)) would keep this process waiting, for as long as its owner likes; a signal ends that.
+    """
+    signal.setitimer(signal.ITIMER_REAL, 0.005, 0.005)
+    try:
+        connection.close()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pwd
 import socket
 import struct
 from dataclasses import dataclass
@@ -26,6 +27,14 @@ class Peer(NamedTuple):
 def peer_of(connection: socket.socket) -> Peer:
     """Return who connected; raises OSError."""
     return Peer(*struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)))
+
+
+def has_account(uid: int) -> bool:
+    """Say whether a user is known by name: who has subordinate uids (subuid(5)) is one user, not sixty thousand."""
+    try:
+        return bool(pwd.getpwuid(uid))
+    except KeyError:
+        return False
 
 
 def is_member(connection: socket.socket, peer: Peer) -> bool:
@@ -79,15 +88,14 @@ def standing_of(pid: int | str) -> Standing | None:
         found = [os.stat(place) for place in places]
         with open(f"/proc/{pid}/status", "rb") as file:
             status = file.read()
-    except OSError:
+        return Standing(
+            tuple((one.st_dev, one.st_ino) for one in found),
+            tuple(_value(status, b"Uid").split()),
+            int(_value(status, b"CapEff"), 16),
+            int(_value(status, b"Umask"), 8),  # a process that is ending has none
+        )
+    except (OSError, ValueError):
         return None
-
-    return Standing(
-        tuple((one.st_dev, one.st_ino) for one in found),
-        tuple(_value(status, b"Uid").split()),
-        int(_value(status, b"CapEff"), 16),
-        int(_value(status, b"Umask"), 8),
-    )
 
 
 def _value(status: bytes, name: bytes) -> bytes:

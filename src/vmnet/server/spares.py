@@ -52,7 +52,13 @@ def start_spare(rehearse: Callable[[], None], work: Callable[[Job], None]) -> Sp
     pid = os.fork()
     if pid:
         theirs.close()
-        return Spare(pid, os.pidfd_open(pid), ours)
+        try:
+            return Spare(pid, os.pidfd_open(pid), ours)
+        except OSError:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            ours.close()
+            raise
     try:
         _be_a_spare(theirs, parent, rehearse, work)
     finally:
@@ -72,6 +78,7 @@ def _be_a_spare(
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until there is somebody to be told of it
     own = orders.fileno()
     os.closerange(3, own)
     os.closerange(own + 1, os.sysconf("SC_OPEN_MAX"))
