@@ -401,7 +401,8 @@ from vmnet import client
 server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 server.settimeout(10)
 server.connect(client._address())
-request = b"\\0".join((client.MAGIC, client.RUN, client.own_code(), *client._arguments(["list"]), *client._environment()))
+words = [client.own_code(), *client._arguments(["list"]), *client._environment()]
+request = b"\\0".join((client.MAGIC, client.RUN, *words))
 handles = [os.open("/dev/null", os.O_RDWR) for _ in range(3)] + [os.open("/etc/passwd", os.O_RDONLY)]
 socket.send_fds(server, [request], handles)
 print(server.recv(16))
