@@ -211,6 +211,14 @@ def test_a_reboot_with_the_service_and_no_trace_after_it(machine: Booted) -> Non
     assert {"NoNewPrivs:\t1", "Seccomp:\t2"} <= set(status.splitlines())
     machine.run("systemd-analyze", "security", "--threshold=55", "vmnet-watch.service")
     machine.run("systemd-analyze", "security", "--threshold=55", "vmnet-dnsmasq.service")
+    # The first command of this boot has started it, and it has no mounts of its own.
+    assert (
+        machine.run("systemctl", "is-active", "vmnet-server.socket", "vmnet-server.service").split() == ["active"] * 2
+    )
+    places = machine.run("sh", "-c", "readlink /proc/1/ns/mnt /proc/$(systemctl show -P MainPID vmnet-server)/ns/mnt")
+    assert len(set(places.split())) == 1
+    assert machine.run("stat", "-c", "%a %U", "/run/vmnet/server.sock") == "600 root\n"
+    machine.run("systemd-analyze", "security", "--threshold=55", "vmnet-server.service")
     machine.run("sh", "-c", "systemd-analyze verify /etc/systemd/system/vmnet*.service")
 
     for damage, healed in _DAMAGES.items():
@@ -222,9 +230,13 @@ def test_a_reboot_with_the_service_and_no_trace_after_it(machine: Booted) -> Non
     woken = ("journalctl", "-b", "-q", "-u", "vmnet-watch", "--grep", "looking anew cause=resume")
     machine.await_(*woken, until=lambda done: done.code == 0)
     assert_nobody_gets_in(machine, machine.lans[0], web)
-    assert machine.run("journalctl", "-b", "-q", "-p", "warning", "-u", "vmnet", "-u", "vmnet-watch") == ""
+    assert (
+        machine.run("journalctl", "-b", "-q", "-p", "warning", "-u", "vmnet", "-u", "vmnet-watch", "-u", "vmnet-server")
+        == ""
+    )
 
     vmnet(machine, "hooks", "uninstall")
+    assert machine.execute("test", "-e", "/run/vmnet/server.sock").code == 1
     vmnet(machine, "restore", "--purge")
     assert vmnet(machine, "list", "--json").strip() == "[]"
     assert machine.execute("systemctl", "is-active", "vmnet-dnsmasq").out.strip() == "inactive"
