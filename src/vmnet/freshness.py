@@ -1,8 +1,6 @@
 """Whether the files of vmnet have changed since this process read them, and whether they are all there."""
 
-import ctypes
 import os
-import sys
 from collections.abc import Iterable
 from contextlib import suppress
 
@@ -29,9 +27,8 @@ class _Notice:
     """Hears of changes to the files; where it cannot, there may be one at any time."""
 
     def __init__(self) -> None:
-        self._handle = -1
-        if sys.platform != "linux":
-            return
+        import ctypes  # of Linux alone, as what is called by it
+
         libc = ctypes.CDLL(None)
         self._handle = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
         added = [libc.inotify_add_watch(self._handle, os.fsencode(folder), _IN_CHANGES) for folder, _ in _folders()]
@@ -69,10 +66,13 @@ def _stamp(files: Iterable[str]) -> _Stamp:
 
 
 class Freshness:
-    """How long the files have been others than this process started with. `now` is a time in seconds, of any clock."""
+    """How long the files have been others than this process started with. `now` is a time in seconds, of any clock.
 
-    def __init__(self) -> None:
-        self._notice = _Notice()
+    With `listens` changes are heard of, on Linux, so that to ask costs next to nothing.
+    """
+
+    def __init__(self, *, listens: bool = False) -> None:
+        self._notice = _Notice() if listens else None
         self._files = _files()
         self._own = _stamp(self._files)
         # Whether the path still leads to the files that are watched.
@@ -81,7 +81,7 @@ class Freshness:
 
     def is_fresh(self, now: float) -> bool:
         """Say whether the files are those that this process started with."""
-        changed = self._notice.may_have_changed() or _stamp([__file__]) != self._place
+        changed = self._notice is None or self._notice.may_have_changed() or _stamp([__file__]) != self._place
         if not changed and self._newer is None:
             return True
         if _stamp(self._files) == self._own:

@@ -197,6 +197,9 @@ def test_without_such_chains_no_program_is_started(lab: Lab, warm: Warm) -> None
         warm.vmnet(laptop, "plan", check=False, strace=["-f", "-e", "trace=execve", "-o", str(trace)])
         return set(re.findall(r'execve\("[^"]*/([^"/]+)"', trace.read_text()))
 
+    laptop.run("nft", "add", "table", "ip", "somebodys")
     assert programs() == {"nft"}
+    assert programs() == set()  # nothing has changed since
     laptop.run("iptables-nft-restore", stdin=THEIRS)
     assert programs() == {"nft", "iptables-nft-save"}
+    assert programs() == set()

@@ -151,18 +151,22 @@ FRESH = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from vmnet.freshness import Freshness
-fresh = Freshness()
+fresh = Freshness(listens=sys.argv[2] == "True")
 for line in sys.stdin:
     print(fresh.is_fresh(float(line)), fresh.due, flush=True)
 """
 
 
+@pytest.mark.parametrize("listens", [False, pytest.param(True, marks=linux)])
 @pytest.mark.parametrize("deed", ["content", "replaced", "gone", "swapped"])
-def test_a_change_of_a_file_is_noticed_at_once(tmp_path: Path, deed: str) -> None:
+def test_a_change_of_a_file_is_noticed_at_once(tmp_path: Path, deed: str, listens: bool) -> None:
     folder = tmp_path / "src"
     shutil.copytree(SOURCES / "vmnet", folder / "vmnet", ignore=shutil.ignore_patterns("__pycache__"))
     process = subprocess.Popen(
-        [sys.executable, "-IB", "-c", FRESH, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-IB", "-c", FRESH, str(folder), str(listens)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdin is not None
     assert process.stdout is not None

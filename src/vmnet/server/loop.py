@@ -81,7 +81,7 @@ class Server:
     _spares: list[Spare] = field(init=False, default_factory=list)
     _worked: float = field(init=False, default=0.0)
     _own: Standing = field(init=False)
-    _code: Freshness = field(init=False, default_factory=Freshness)
+    _code: Freshness = field(init=False, default_factory=partial(Freshness, listens=True))
     _own_code: bytes = field(init=False, default_factory=own_code)
 
     def serve(self) -> None:
