@@ -597,6 +597,9 @@ class Engine:
             self._guests.plan_up([lease], problems)
             self._guests.plan_down([lease], keep_netns=False)
             self._names.plan([])
+        request = self._asking.request(GuestSpec(name, kind="veth"))
+        with Store.open(self.paths.state / name, write=False) as nothing:  # there are none: all is in memory
+            nothing.preview([request], pool=self.settings.pool, created=_now(), limits=self._limits)
 
     # Guests of libvirt's domains
 
