@@ -65,7 +65,7 @@ class Names:
         """Make names those of all guests that are to be up."""
         self._keep(self._op(store.wished_up()), lambda: self._of(store.wished_up()))
         if self._answers:
-            self._answers.write(lambda: [lease for lease in store.leases() if lease.wish == "up"])
+            self._answers.write(store.leases_up)
 
     def _keep(self, op: WriteNames | None, ask: Callable[[], Iterable[tuple[str, str]]]) -> None:
         """Keep the names in the hosts file; where that cannot be, say so: a guest works without."""

@@ -166,8 +166,23 @@ def test_wishes_and_namespaces_are_recorded(state: Path) -> None:
         store.set_netns({"a": netns})
         assert [(lease.wish, lease.netns) for lease in store.leases()] == [("deleting", netns), ("deleting", None)]
         assert store.wished_up() == []
+        assert store.leases_up() == []
         store.set_wish(["b"], "up")
         assert store.wished_up() == [("b", Block(1))]
+        assert store.leases_up() == store.leases(["b"])
+
+
+@pytest.mark.parametrize("ask", ["wished_up", "leases_up"])
+def test_who_is_down_is_not_looked_at_for_who_is_up(state: Path, ask: str) -> None:
+    with Store.open(state, write=True) as store:
+        asked: list[str] = []
+        assert store._db is not None
+        store._db.set_trace_callback(asked.append)
+        getattr(store, ask)()
+        store._db.set_trace_callback(None)
+        [query] = [one for one in asked if "FROM lease" in one]
+        plan = " ".join(row[3] for row in store._db.execute(f"EXPLAIN QUERY PLAN {query}"))
+    assert "lease_up" in plan
 
 
 def test_the_host_is_recorded_once(state: Path) -> None:
