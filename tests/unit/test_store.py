@@ -172,6 +172,23 @@ def test_wishes_and_namespaces_are_recorded(state: Path) -> None:
         assert store.leases_up() == store.leases(["b"])
 
 
+def test_on_behalf_of_a_user_nothing_is_recorded_of_anybody_else(state: Path) -> None:
+    with Store.open(state, write=True) as store:
+        store.allocate([replace(ask("mine"), owner=7), replace(ask("theirs"), owner=8)], pool=Pool(), created="now")
+        before = read(state)
+        with pytest.raises(NotPermitted, match="theirs is a guest of uid 8"):
+            store.set_wish(["mine", "theirs"], "deleting", owner=7)
+        with pytest.raises(NotPermitted, match="theirs is a guest of uid 8"):
+            store.set_netns({"mine": OTHER, "theirs": OTHER}, owner=7)
+        assert read(state) == before
+        store.set_wish(["mine"], "down", owner=7)
+        store.set_netns({"mine": OTHER}, owner=7)
+        assert store.lease("mine") == replace(before[0], wish="down", netns=OTHER)
+
+
+OTHER = Netns("/proc/7/ns/net", False, None)
+
+
 @pytest.mark.parametrize("ask", ["wished_up", "leases_up"])
 def test_who_is_down_is_not_looked_at_for_who_is_up(state: Path, ask: str) -> None:
     with Store.open(state, write=True) as store:
