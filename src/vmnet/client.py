@@ -33,7 +33,7 @@ _OWN = ("/dev/fd/", "/dev/std", "/proc/self", "/proc/thread-self")
 _RUN_FOLDER = b"/run/vmnet"
 _LONGEST = 200_000  # bytes: what net.core.wmem_default lets a message have (socket(7)), but for a rest
 _O_PATH = 0o10000000  # include/uapi/asm-generic/fcntl.h
-_SO_PEERCRED, _SCM_RIGHTS = 17, 1
+_SOL_SOCKET, _SO_PEERCRED, _SCM_RIGHTS = 1, 17, 1
 _SIGINT, _SIGHUP, _SIGQUIT, _SIGTERM, _SIGCONT, _SIGSTOP, _SIGTSTP = 2, 1, 3, 15, 18, 19, 20
 
 
@@ -82,12 +82,7 @@ def _have_done(words: list[str]) -> int | None:
     server = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
     try:
         server.settimeout(_HOOKS_PATIENCE if words[0] == "libvirt-hook" else PATIENCE)
-        server.connect(_address())
-        # Whoever listens is given descriptors and an environment of root's.
-        credentials = server.getsockopt(_socket.SOL_SOCKET, _SO_PEERCRED, 12)  # struct ucred: pid, uid, gid
-        if credentials[4:8] != bytes(4):
-            return None
-        if not _ask(server, words):
+        if not connect(server) or not _ask(server, words):
             return None
         begun = server.recv(16) == BEGUN
     except OSError:
@@ -96,6 +91,13 @@ def _have_done(words: list[str]) -> int | None:
         _complain("interrupted")
         return 128 + _SIGINT
     return _wait(server) if begun else None
+
+
+def connect(server: "socket") -> bool:
+    """Connect to the server; say whether it is root's: nobody else is told or given anything. Raises OSError."""
+    server.connect(_address())
+    credentials = server.getsockopt(_SOL_SOCKET, _SO_PEERCRED, 12)  # struct ucred: pid, uid, gid
+    return credentials[4:8] == bytes(4)
 
 
 def _address() -> bytes:
@@ -112,7 +114,7 @@ def _ask(server: "socket", words: list[str]) -> bool:
         return False
     folder = posix.open(".", _O_PATH | posix.O_CLOEXEC)
     descriptors = b"".join(one.to_bytes(4, sys.byteorder) for one in (0, 1, 2, folder))
-    server.sendmsg([request], [(1, _SCM_RIGHTS, descriptors)])  # SOL_SOCKET is 1
+    server.sendmsg([request], [(_SOL_SOCKET, _SCM_RIGHTS, descriptors)])
     posix.close(folder)
     return True
 

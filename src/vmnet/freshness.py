@@ -4,8 +4,7 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 
-HALF_COPIED = 2.0
-"""Seconds that a new version of vmnet has to be all there."""
+_HALF_COPIED = 2.0  # seconds that a new version of vmnet has to be all there
 _ROOT = os.path.dirname(__file__)
 _Stamp = tuple[tuple[int, int] | None, ...]
 
@@ -96,4 +95,4 @@ class Freshness:
     @property
     def due(self) -> float | None:
         """When newer files will have been the same for long enough to start from them; None without any."""
-        return None if self._newer is None else self._newer[2] + HALF_COPIED
+        return None if self._newer is None else self._newer[2] + _HALF_COPIED

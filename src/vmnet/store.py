@@ -302,12 +302,12 @@ class Store:
         """
         with self._writing() as db:
             for name in names:
-                lease = _find_lease(db, name)
+                lease = None if owner is None else _find_lease(db, name)
                 if lease:
                     need_own(lease, owner)
-                elif not gone_ok:
+                found = db.execute("UPDATE lease SET wish = ? WHERE name = ?", (wish, name)).rowcount
+                if not found and not gone_ok:
                     raise _no_such_guest(name)
-                db.execute("UPDATE lease SET wish = ? WHERE name = ?", (wish, name))
 
     def set_netns(self, places: Mapping[str, Netns], *, owner: int | None = None) -> None:
         """Record where guests live now, by name, all or none; raise `NoSuchGuest` for a name without a lease.

@@ -3,7 +3,7 @@
 import os
 import traceback
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from vmnet import __version__
 from vmnet.cli.show import as_json, op_as_json
 from vmnet.engine import Engine
 from vmnet.linux.places import find_process, identify, is_theirs
-from vmnet.model import NotPermitted, UsageError, VmnetError
+from vmnet.model import NoSuchGuest, NotPermitted, UsageError, VmnetError
 from vmnet.ops import Op
 from vmnet.platform import Listener, Report
 from vmnet.requests import Answer, Question, encode_refusal, parse_question
@@ -116,9 +116,13 @@ def _in_theirs(engine: Engine, spec: GuestSpec, name: str, descriptor: int, uid:
             hint="one that you have made with a user namespace is (unshare --user --net); into any other root puts it",
         )
     place = identify(f"/proc/self/fd/{descriptor}")
-    known = [one.netns for one in engine.recorded() or () if one.name == name and one.netns]
-    path = next((one.path for one in known if one.identity == place and os.path.exists(one.path)), None)
-    path = path or (find_process(place) if place else None)
+    known = None
+    with suppress(NoSuchGuest):
+        known = engine.lease(name).netns
+    if known and known.identity == place and os.path.exists(known.path):
+        path: str | None = known.path
+    else:
+        path = find_process(place) if place else None
     if path is None:
         raise NotPermitted(
             "no process is in the namespace that --netns names, and vmnet keeps none alive",

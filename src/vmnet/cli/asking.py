@@ -7,7 +7,7 @@ import sys
 from typing import Any, NoReturn
 
 from vmnet import __version__
-from vmnet.client import ASK, BEGUN, DIRECT, MAGIC, PATIENCE, SOCKET
+from vmnet.client import ASK, BEGUN, DIRECT, MAGIC, PATIENCE, connect
 from vmnet.members import GROUP, group_id
 from vmnet.model import (
     Conflict,
@@ -47,7 +47,7 @@ def ask(paths: Paths, *, netns: str | None = None, **fields: Any) -> Answer | No
     if len(question.names) > MOST_NAMES:
         raise UsageError(f"without root {MOST_NAMES} guests can be named at a time, not {len(question.names)}")
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
-        if not _connect(server, paths):
+        if not _connect(server):
             return None
         handles = [] if netns is None else [_open(netns)]
         try:
@@ -65,11 +65,11 @@ def ask(paths: Paths, *, netns: str | None = None, **fields: Any) -> Answer | No
     return answer
 
 
-def _connect(server: socket.socket, paths: Paths) -> bool:
+def _connect(server: socket.socket) -> bool:
     """Connect to a server of root's; say whether there is one. Raises NotPermitted for a user who may not."""
     server.settimeout(PATIENCE)
     try:
-        server.connect(str(paths.run / SOCKET))
+        return connect(server)
     except PermissionError:
         make = "" if group_id() is not None else f"sudo groupadd --system {GROUP}; sudo vmnet hooks install; "
         raise NotPermitted(
@@ -78,8 +78,6 @@ def _connect(server: socket.socket, paths: Paths) -> bool:
         ) from None
     except OSError:
         return False
-    credentials = server.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    return credentials[4:8] == bytes(4)  # pid, uid, gid: nobody but root is told anything
 
 
 def _open(netns: str) -> int:

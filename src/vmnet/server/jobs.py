@@ -14,8 +14,7 @@ from vmnet.client import ASK, BEGUN, DIRECT, EXITED, MAGIC, RUN
 
 _CHUNK = 1 << 16  # bytes of an answer in one message
 _SOCKET_MESSAGE = 1 << 16
-PATIENCE = 5.0
-"""Seconds for a question to be there, and for an answer to be taken."""
+_PATIENCE = 5.0  # seconds for a question to be there, and for an answer to be taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +131,7 @@ def answer(client: socket.socket, reply: Callable[[bytes, list[int]], bytes]) ->
 
     An empty reply is told as one that is not for this server.
     """
-    client.settimeout(PATIENCE)
+    client.settimeout(_PATIENCE)
     try:
         request, descriptors, flags, _ = socket.recv_fds(client, _SOCKET_MESSAGE, 2)
     except OSError:

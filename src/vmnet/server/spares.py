@@ -12,7 +12,7 @@ from typing import NamedTuple, NoReturn
 
 LARGEST = 1 << 18
 """Bytes of the largest message; the kernel lets none through that is larger (net.core.wmem_default, socket(7))."""
-MOST_DESCRIPTORS = 5
+_MOST_DESCRIPTORS = 5
 _PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 
 
@@ -89,7 +89,7 @@ def _be_a_spare(
         os._exit(0)
     with suppress(Exception):  # whatever it is, the job itself will say so
         rehearse()
-    request, descriptors, flags, _ = socket.recv_fds(orders, LARGEST, MOST_DESCRIPTORS + 1)
+    request, descriptors, flags, _ = socket.recv_fds(orders, LARGEST, _MOST_DESCRIPTORS)
     if not (request or descriptors) or flags & socket.MSG_CTRUNC:
         os._exit(0)
     orders.close()
