@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -72,6 +72,14 @@ def pid_of_server(laptop: Laptop) -> int:
     servers = [pid for pid in processes(laptop) if not is_client(pid)]
     [pid] = [one for one in servers if parent(one) not in servers]
     return pid
+
+
+def kill_server(laptop: Laptop) -> None:
+    """Kill the server and its forks, which end with it by themselves, too."""
+    for pid in processes(laptop):
+        if not is_client(pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def is_client(pid: int) -> bool:
@@ -274,9 +282,7 @@ def test_killed_in_the_middle_it_is_said_and_put_right(laptop: Laptop, server: "
     laptop.vmnet("create", "web", "--kind", "veth")
     with host_locked(laptop):
         command = begin(laptop, "delete", "web", "--json")
-        for pid in processes(laptop):
-            if not is_client(pid):
-                os.kill(pid, signal.SIGKILL)
+        kill_server(laptop)
         out, err = command.communicate(timeout=10)
         assert command.returncode == 1
         words = ["vmnet: the server ended before this was done", "hint: vmnet up finishes what was begun"]
@@ -338,9 +344,7 @@ def test_a_watcher_has_one_where_no_systemd_does(laptop: Laptop) -> None:
         assert wait_until(lambda: path_of(laptop).exists(), 5)
         assert processes(laptop) == []  # nobody has asked yet
         assert is_served(laptop)
-        served = processes(laptop)
-        for pid in served:
-            os.kill(pid, signal.SIGKILL)
+        kill_server(laptop)
         assert wait_until(lambda: is_served(laptop), 15)
         with Watching(laptop):
             assert is_served(laptop)
