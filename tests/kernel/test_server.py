@@ -93,17 +93,25 @@ def is_client(pid: int) -> bool:
 @contextmanager
 def host_locked(laptop: Laptop) -> Iterator[None]:
     """Hold the lock that each command needs that changes anything."""
-    with laptop.path(f"{laptop.env['VMNET_RUN_DIR']}/host.lock").open("a") as file:
+    with host_lock(laptop).open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
+def host_lock(laptop: Laptop) -> Path:
+    return laptop.path(f"{laptop.env['VMNET_RUN_DIR']}/host.lock")
+
+
 def begin(laptop: Laptop, *args: str) -> "subprocess.Popen[str]":
-    """Start a command, and wait until a fork of the server's works at it."""
-    before = len(processes(laptop))
+    """Start a command, and wait until a fork of the server's waits for the lock that `host_locked` holds."""
+    inode = host_lock(laptop).stat().st_ino
     command = laptop.start(*CLIENT, *args)
-    assert wait_until(lambda: len(processes(laptop)) > before, 10)
-    time.sleep(0.3)
+
+    def somebody_waits() -> bool:  # "1: -> FLOCK  ADVISORY  WRITE 708 00:1f:4711 0 EOF", proc(5)
+        lines = Path("/proc/locks").read_text().splitlines()
+        return any("->" in line and f":{inode} " in line for line in lines)
+
+    assert wait_until(somebody_waits, 10), command.communicate(timeout=10)
     return command
 
 
