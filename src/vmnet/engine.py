@@ -211,11 +211,14 @@ class Engine:
                 if not self._host.is_wished_up(store):
                     raise _Overtaken
                 with _unless_overtaken(store, new):
-                    store.allocate(requests, pool=self.settings.pool, created=now, limits=self._limits)
+                    made = store.allocate(requests, pool=self.settings.pool, created=now, limits=self._limits)
+                blocks = {lease.block for lease in made}
                 try:
-                    self._create_or_undo(store, names, new)
+                    recorded = store.leases(names)
+                    blocks |= {lease.block for lease in recorded}
+                    self._create_or_undo(store, recorded, new)
                 finally:
-                    self._names.write(store)  # those undone too: another process may have written them
+                    self._names.write(store, blocks)  # those undone too: another process may have written them
         except (VmnetError, OSError):
             if carved:
                 with self._locks.host(shared=False):
@@ -259,8 +262,8 @@ class Engine:
     def _seen(self, lease: Lease, state: State, relays: Collection[Relay] = ()) -> Seen:
         return Seen(lease, state, self.platform.loopback, tuple(relays))
 
-    def _create_or_undo(self, store: Store, names: Sequence[str], specs: Sequence[GuestSpec]) -> None:
-        new, recorded = [spec.name for spec in specs], store.leases(names)
+    def _create_or_undo(self, store: Store, recorded: Sequence[Lease], specs: Sequence[GuestSpec]) -> None:
+        new, names = [spec.name for spec in specs], [lease.name for lease in recorded]
         with ExitStack() as stack:
             try:
                 stack.enter_context(self._locks.guests(lease.block.number for lease in recorded))
@@ -331,7 +334,6 @@ class Engine:
             store.set_wish([lease.name for lease in leases], "deleting", gone_ok=True, owner=self.on_behalf)
             with self._locks.host(shared=True):
                 self._finish_deletion(store, leases)
-                self._names.write(store)
             return [lease.name for lease in leases], []
 
     def _own(self, store: Store, names: Sequence[str] | None) -> list[Lease]:
@@ -344,11 +346,13 @@ class Engine:
         return leases
 
     def _finish_deletion(self, store: Store, leases: Sequence[Lease]) -> None:
-        with self._locks.guests(lease.block.number for lease in leases):
+        blocks = {lease.block for lease in leases}
+        with self._locks.guests(block.number for block in blocks):
             recorded = [store.lease(lease.name) for lease in leases]
             leases = [lease for lease in recorded if lease and lease.wish == "deleting"]
             problems = self._guests.take_down(leases, keep_netns=False)
             store.release([lease.name for lease in leases if lease.name not in problems], freed=time.time())
+        self._names.write(store, blocks)
         if problems:
             raise next(iter(problems.values()))
 
@@ -372,7 +376,6 @@ class Engine:
             if surplus:
                 with self._locks.host(shared=True):
                     self._finish_deletion(store, surplus)
-                    self._names.write(store)
             return [lease.name for lease in surplus]
 
     def up(self, names: Sequence[str] | None = None, *, dry_run: bool = False) -> list[Op]:
@@ -434,7 +437,7 @@ class Engine:
             try:
                 if wrong:
                     self._host.ensure(store, if_wished=True)
-                problems = self._converge(store, None if strange else drifted)
+                problems = self._converge(store, None if strange else drifted, every_name=True)
             except NoSuchGuest:
                 pass  # deleted meanwhile, so others are at work: the next look sees what they leave
             except VmnetError as error:
@@ -482,11 +485,15 @@ class Engine:
         """Bring guests to where the records want them, and with all of them what is ours without a record."""
         self._raise_first(self._converge(store, names))
 
-    def _converge(self, store: Store, names: Sequence[str] | None) -> dict[str, VmnetError]:
+    def _converge(
+        self, store: Store, names: Sequence[str] | None, *, every_name: bool = False
+    ) -> dict[str, VmnetError]:
         with self._locks.host(shared=True):
-            blocks = None if names is None else [lease.block.number for lease in store.leases(names)]
-            with self._locks.guests(blocks):
+            blocks = None if names is None else {lease.block for lease in store.leases(names)}
+            with self._locks.guests(None if blocks is None else [block.number for block in blocks]):
                 leases = store.leases(names)
+                if blocks is not None:
+                    blocks |= {lease.block for lease in leases}  # of one deleted and made anew meanwhile it is another
                 problems = self._guests.bring_up(store, [lease for lease in leases if lease.wish == "up"])
                 problems |= self._guests.take_down([lease for lease in leases if lease.wish == "down"], keep_netns=True)
                 deleting = [lease for lease in leases if lease.wish == "deleting"]
@@ -495,7 +502,7 @@ class Engine:
                 store.release(gone, freed=time.time())
                 if names is None:
                     apply_all(self.platform, self.report, self.platform.orphans([lease.name for lease in leases]))
-            self._names.write(store)
+            self._names.write(store, None if every_name else blocks)
         return problems
 
     def _raise_first(self, problems: Mapping[str, VmnetError]) -> None:
@@ -580,26 +587,27 @@ class Engine:
                 store.set_relays(name, sorted([one for one in there if one not in gone] + new))
             return new, gone
 
-    def rehearse(self) -> None:
+    def rehearse(self) -> bool:
         """Go the ways that making and deleting a guest go, for one that there is not, and change nothing.
 
-        A process that has done so has all that these need in memory.
+        A process that has done so has all that these need in memory. Returns whether there may be guests.
         """
         name = "rehearsal"
         lease = Lease(name, Block(POOL_BLOCKS - 1), "veth", "native", "02:00:00:00:00:01", 1500, 0, 1, None, "up", "")
         with self._reading() as store:
             if not self._host.is_wished_up(store):
-                return
+                return False
         with self._writing(dry_run=False) as store:
             self._sort(store, [GuestSpec(name)], dry_run=True)
             self._host.is_right(store)
             problems: dict[str, VmnetError] = {}
             self._guests.plan_up([lease], problems)
             self._guests.plan_down([lease], keep_netns=False)
-            self._names.plan([])
+            self._names.rehearse(store, [lease.block])
         request = self._asking.request(GuestSpec(name, kind="veth"))
         with Store.open(self.paths.state / name, write=False) as nothing:  # there are none: all is in memory
             nothing.preview([request], pool=self.settings.pool, created=_now(), limits=self._limits)
+        return True
 
     # Guests of libvirt's domains
 
@@ -724,7 +732,6 @@ class Engine:
             if freed:
                 with self._locks.host(shared=True):
                     self._finish_deletion(store, store.leases(freed))
-                    self._names.write(store)
             return freed
 
     def finish_removals(self) -> None:

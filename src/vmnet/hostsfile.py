@@ -1,7 +1,7 @@
 """Keep the names of the guests in a marked block of the hosts file, and everything else in it as it is.
 
-`render()` and `names_in()` are pure; `HostsFile` is the edge. Only "\\n" ends a line (hosts(5), glibc reads with
-getline); whatever else stands in the file passes through byte by byte. docs/decisions/hosts-file.md says why.
+`render()`, `amend()` and `names_in()` are pure; `HostsFile` is the edge. Only "\\n" ends a line (hosts(5), glibc reads
+with getline); whatever else stands in the file passes through byte by byte. docs/decisions/hosts-file.md says why.
 """
 
 import errno
@@ -18,12 +18,25 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from socket import inet_aton
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
+from vmnet.addressed import put
 from vmnet.model import VmnetError
 
 Names: TypeAlias = Mapping[str, str]
 """Host name, such as "myvm.vmnet.internal", to address, such as "127.1.0.2": the third of a block of the pool."""
+
+
+class Changes(NamedTuple):
+    """What is to be the name of each of these addresses, and of these alone; None: it is to have none."""
+
+    names: Mapping[str, str | None]
+
+    def of(self, held: Names) -> Names:
+        """Return those names changed."""
+        kept = {name: address for name, address in held.items() if address not in self.names}
+        return kept | {name: address for address, name in self.names.items() if name is not None}
+
 
 _BEGIN = b"# BEGIN vmnet"
 _END = b"# END vmnet"
@@ -41,7 +54,7 @@ _ADDRESS = (
 )
 _NAME = rb"[\w-]{1,63}(?:\.[\w-]{1,63}){1,126}"
 _LINE = re.compile(rb"(?<![^\n])(?P<address>%s)\t(?P<name>%s)[ \t\r]*(?:\n|\Z)" % (_ADDRESS, _NAME))
-_OURS = re.compile(rb"(?:%s\t%s\n)*" % (_ADDRESS, _NAME))
+_OURS = re.compile(rb"(?:%s\t%s\n)*+" % (_ADDRESS, _NAME))  # possessive: without a stack of what could be tried
 
 
 class HostsFileUnwritable(VmnetError):
@@ -68,6 +81,43 @@ def render(original: bytes, names: Names, *, made: bool = False) -> bytes:
     return b"".join([before, _BEGIN, note, b"\n", *_lines(names), _END, b"\n", found.after])
 
 
+def amend(original: bytes, changes: Changes) -> bytes:
+    """Return what `render` makes of `original` with the names that it has, changed.
+
+    A block as `render` writes it is not taken apart: what is done is the same with one guest and with thousands.
+    """
+    whole = _plain_block(original)
+    if whole is not None:
+        start, end = whole
+        new = {one: _lines({name: one})[0] if name else b"" for one, name in changes.names.items()}
+        by_address = {inet_aton(address): line for address, line in new.items()}
+        lines = put(original[start:end], b"\n", _address_of, by_address)
+        if lines:
+            return original[:start] + lines + original[end:]
+    return render(original, changes.of(names_in(original)))
+
+
+def _plain_block(content: bytes) -> tuple[int, int] | None:
+    """Return where the lines of the only block start and end, if it is as `render` writes it."""
+    if content.count(_BEGIN) != 1 or content.count(_END) != 1:
+        return None
+    marker = _MARKER.search(content, max(content.find(_BEGIN), 0))
+    start = marker.end() if marker else 0
+    end = content.find(_END + b"\n", start)
+    is_plain = marker and marker[0] == _BEGIN + (marker["note"] or b"") + b"\n" and end > start
+    return (start, end) if is_plain and _OURS.fullmatch(content, start, end) else None
+
+
+def _address_of(line: bytes) -> bytes:
+    return inet_aton(line.partition(b"\t")[0].decode())
+
+
+def _between(held: Names, wanted: Names) -> Changes:
+    gone = {address: None for name, address in held.items() if wanted.get(name) != address}
+    new = {address: name for name, address in wanted.items() if held.get(name) != address}
+    return Changes(dict(sorted((gone | new).items(), key=lambda change: inet_aton(change[0]))))
+
+
 def names_in(content: bytes) -> dict[str, str]:
     """Return the names that the block (or what is left of one) in `content` holds, whatever their domain."""
     lines = (line for part in _parse(content).ours for line in _LINE.finditer(part))
@@ -80,7 +130,7 @@ def _lines(names: Names) -> list[bytes]:
     if not _OURS.fullmatch(text) or text.count(b"\n") != len(lines):
         wrong = next(line for line in lines if not _OURS.fullmatch(line) or line.count(b"\n") != 1)
         raise ValueError(f"{wrong!r} is not a guest's line")
-    return sorted(lines, key=lambda line: inet_aton(line.partition(b"\t")[0].decode()))
+    return sorted(lines, key=_address_of)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,15 +207,24 @@ class HostsFile:
             seen = _look(os.path.realpath(self.path))
         return seen.content if seen else b""
 
-    def is_current(self, names: Names) -> bool:
-        """Return whether `update(names)` has nothing to do: the block is right and no writer left anything behind."""
+    def difference(self, names: Names | Changes) -> Changes | None:
+        """Return what `update(names)` would change: nothing, not even of names, where a writer left something behind.
+
+        None: there is nothing to do.
+        """
         with self._explained():
             real = os.path.realpath(self.path)
             seen = _look(real)
-            return not os.path.lexists(_temp(real)) and _desired(seen, names) == (seen and seen.content)
+            if not os.path.lexists(_temp(real)) and _desired(seen, names) == (seen and seen.content):
+                return None
+        return names if isinstance(names, Changes) else _between(names_in(seen.content) if seen else {}, names)
 
-    def update(self, names: Names | Callable[[], Names]) -> None:
-        """Make the block hold just `names`.
+    def is_current(self, names: Names | Changes) -> bool:
+        """Return whether `update(names)` has nothing to do: the names are right and no writer left anything behind."""
+        return self.difference(names) is None
+
+    def update(self, names: Names | Changes | Callable[[], Names | Changes]) -> None:
+        """Make the block hold just `names`, or have it changed.
 
         Several processes may do so at once. A callable is asked when it is this process's turn: with one that reads
         the records, the last to write has the newest.
@@ -174,7 +233,7 @@ class HostsFile:
         if not self.is_current(ask()):
             self.write(ask)
 
-    def write(self, ask: Callable[[], Names]) -> None:
+    def write(self, ask: Callable[[], Names | Changes]) -> None:
         """Do what `update` does where it is known that there is something to do."""
         with self._explained():
             real = os.path.realpath(self.path)
@@ -229,11 +288,13 @@ def _look(real: str) -> _Seen | None:
         return None
 
 
-def _desired(seen: _Seen | None, names: Names) -> bytes | None:
+def _desired(seen: _Seen | None, names: Names | Changes) -> bytes | None:
     """Return what the file must hold; None: there must be none."""
     if seen is None:
-        return render(b"", names, made=True) if names else None
-    return render(seen.content, names) or (None if _parse(seen.content).note == _MADE else b"")
+        new = names.of({}) if isinstance(names, Changes) else names
+        return render(b"", new, made=True) if new else None
+    content = amend(seen.content, names) if isinstance(names, Changes) else render(seen.content, names)
+    return content or (None if _parse(seen.content).note == _MADE else b"")
 
 
 def _temp(real: str) -> str:
@@ -241,7 +302,7 @@ def _temp(real: str) -> str:
     return os.path.join(folder, f".{name}.vmnet")
 
 
-def _take_turn(real: str, ask: Callable[[], Names]) -> bool:
+def _take_turn(real: str, ask: Callable[[], Names | Changes]) -> bool:
     """Write the file once, under the lock; return False if it must be tried again."""
     temp = _temp(real)
     try:
@@ -260,7 +321,7 @@ def _take_turn(real: str, ask: Callable[[], Names]) -> bool:
         _release(turn)
 
 
-def _write(real: str, temp: str, turn: int, ask: Callable[[], Names]) -> bool:
+def _write(real: str, temp: str, turn: int, ask: Callable[[], Names | Changes]) -> bool:
     if os.fstat(turn).st_size:
         if new := _unfinished(real, turn):
             _overwrite(real, new)
@@ -423,7 +484,7 @@ def _overwrite(real: str, new: bytes) -> None:
         os.close(fd)
 
 
-def _write_without_temp(real: str, ask: Callable[[], Names]) -> bool:
+def _write_without_temp(real: str, ask: Callable[[], Names | Changes]) -> bool:
     """Write into the file where nothing can be created beside it (a container with a read-only root)."""
     fd = os.open(real, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     try:

@@ -1,11 +1,13 @@
 """Keep the names of guests where they are looked up: by this host's programs in the hosts file, by guests in DNS."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmnet.dnsmasq.answers import Answers
-from vmnet.hostsfile import HostsFile, HostsFileUnwritable
+from vmnet.hostsfile import Changes, HostsFile, HostsFileUnwritable
+from vmnet.hostsfile import Names as Hostnames
 from vmnet.locks import Locks
 from vmnet.model import Block, Lease
 from vmnet.ops import Op, WriteNames
@@ -13,6 +15,8 @@ from vmnet.plan import dotted
 from vmnet.platform import Report
 from vmnet.settings import Paths, Settings
 from vmnet.store import Store
+
+_FEW = 32  # blocks; the names of more are written anew, with all the others'
 
 
 @dataclass
@@ -34,54 +38,74 @@ class Names:
         if self.answering:
             self._answers = Answers(self.settings, self.paths, self.report, self.locks, self.holds_back)
 
-    def _of(self, guests: Iterable[tuple[str, Block]]) -> tuple[tuple[str, str], ...]:
-        return tuple((f"{name}.{self.settings.domain}", dotted(block.first + 2)) for name, block in guests)
-
-    def _op(self, guests: Iterable[tuple[str, Block]]) -> WriteNames | None:
-        if self.paths.hosts is None:
-            return None
-        return WriteNames(str(self.paths.hosts), self._of(guests))
-
     def plan(self, leases: Iterable[Lease]) -> list[Op]:
         """Return the ops that make names those of the leases that are to be up."""
-        # As they are written: the hosts file in the order of blocks, what is answered in that of names.
-        wanted = sorted((lease for lease in leases if lease.wish == "up"), key=lambda lease: lease.name)
-        ops = self._plan_block(sorted(((one.name, one.block) for one in wanted), key=lambda guest: guest[1].number))
+        wanted = sorted((lease for lease in leases if lease.wish == "up"), key=lambda lease: lease.block.number)
+        ops = self._plan_block(self._hostnames((lease.name, lease.block) for lease in wanted))
         return ops + (self._answers.plan(wanted) if self._answers else [])
 
     def plan_clear(self) -> list[Op]:
         """Return the ops after which there are no names."""
-        return self._plan_block([]) + (self._answers.plan_clear() if self._answers else [])
+        return self._plan_block({}) + (self._answers.plan_clear() if self._answers else [])
 
-    def _plan_block(self, guests: Iterable[tuple[str, Block]]) -> list[Op]:
-        op = self._op(guests)
+    def _plan_block(self, names: Hostnames) -> list[Op]:
+        if self.paths.hosts is None:
+            return []
         try:
-            return [op] if op and not HostsFile(Path(op.path)).is_current(dict(op.names)) else []
+            change = HostsFile(self.paths.hosts).difference(names)
         except HostsFileUnwritable as error:
             self.report.warn(error.message)
             return []
+        return [] if change is None else [_op(self.paths.hosts, change)]
 
-    def write(self, store: Store) -> None:
-        """Make names those of all guests that are to be up."""
-        self._keep(self._op(store.wished_up()), lambda: self._of(store.wished_up()))
-        if self._answers:
-            self._answers.write(store.leases_up)
+    def write(self, store: Store, blocks: Collection[Block] | None = None) -> None:
+        """Make names those of all guests that are to be up, or of those alone that hold one of `blocks`, or held it.
 
-    def _keep(self, op: WriteNames | None, ask: Callable[[], Iterable[tuple[str, str]]]) -> None:
-        """Keep the names in the hosts file; where that cannot be, say so: a guest works without."""
-        if op is None or self.holds_back(op):
+        The latter takes as long with thousands of other guests as with none.
+        """
+        if blocks is not None and not blocks:
             return
-        file = HostsFile(Path(op.path))
+        if blocks is not None and len(blocks) > _FEW:
+            blocks = None
+        self._keep(lambda: self._wanted(store, blocks))
+        if self._answers:
+            self._answers.write(store, blocks)
+
+    def rehearse(self, store: Store, blocks: Collection[Block]) -> None:
+        """Do what `write` does, without writing."""
+        if self.paths.hosts is not None:
+            with suppress(HostsFileUnwritable):
+                HostsFile(self.paths.hosts).difference(self._wanted(store, blocks))
+        if self._answers:
+            self._answers.rehearse(store, blocks)
+
+    def _hostnames(self, guests: Iterable[tuple[str, Block]]) -> dict[str, str]:
+        return {f"{name}.{self.settings.domain}": dotted(block.first + 2) for name, block in guests}
+
+    def _wanted(self, store: Store, blocks: Collection[Block] | None) -> Hostnames | Changes:
+        if blocks is None:
+            return self._hostnames(store.wished_up())
+        names = self._hostnames((lease.name, lease.block) for lease in store.leases_up(blocks))
+        nobody = dict.fromkeys(dotted(block.first + 2) for block in blocks)
+        return Changes(nobody | {address: name for name, address in names.items()})
+
+    def _keep(self, ask: Callable[[], Hostnames | Changes]) -> None:
+        """Keep the names in the hosts file; where that cannot be, say so: a guest works without."""
+        if self.paths.hosts is None:
+            return
+        file = HostsFile(self.paths.hosts)
         try:
-            if not file.is_current(dict(op.names)):
-                file.write(lambda: dict(ask()))
-                self.report.did(op)
+            change = file.difference(ask())
+            if change is None or self.holds_back(_op(file.path, change)):
+                return
+            file.write(ask)
+            self.report.did(_op(file.path, change))
         except HostsFileUnwritable as error:
             self.report.warn(error.message + (f" ({error.hint})" if error.hint else ""))
 
     def clear(self) -> None:
         """Take names away, and what answers."""
-        self._keep(self._op([]), list)
+        self._keep(dict)
         if self._answers:
             self._answers.clear()
 
@@ -97,3 +121,7 @@ class Names:
     def stamp(self) -> tuple[int, ...]:
         """Return what differs when what answers guests does."""
         return self._answers.stamp() if self._answers else ()
+
+
+def _op(path: Path, change: Changes) -> WriteNames:
+    return WriteNames(str(path), tuple((name or "", address) for address, name in change.names.items()))

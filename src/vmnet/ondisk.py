@@ -6,9 +6,11 @@ from pathlib import Path
 
 def replace(file: Path, text: str) -> None:
     """Replace what a file holds; whoever reads it sees all of the former, or all of the new."""
-    partial = file.with_name(f".{file.name}.new")
-    partial.write_text(text)
-    partial.replace(file)
+    partial = f"{file.parent}/.{file.name}.new"
+    with open(partial, "w", encoding="utf-8") as new:
+        os.fchmod(new.fileno(), 0o644)  # whatever the umask: it is for others
+        new.write(text)
+    os.replace(partial, file)
 
 
 def stamp(file: Path | None) -> tuple[int, ...]:

@@ -549,18 +549,16 @@ class PutRules(NamedTuple):
 
 
 class WriteNames(NamedTuple):
-    """Write the block of guest names in the hosts file: (hostname, address) for each."""
+    """Change the block of guest names in the hosts file: (hostname, address) for each change; "" is no name."""
 
     path: str
     names: tuple[tuple[str, str], ...]
 
     def __str__(self) -> str:
-        return f"~ names of {len(self.names)} {'guest' if len(self.names) == 1 else 'guests'} in {self.path}"
+        return f"~ names of guests in {self.path}"
 
     def command(self) -> str:
-        if not self.names:
-            return f"editor {self.path}  # the block of vmnet goes"
-        shown = ", ".join(f"{address} {hostname}" for hostname, address in self.names[:3])
+        shown = ", ".join(f"{address} {hostname or 'goes'}" for hostname, address in self.names[:3])
         return f"editor {self.path}  # the block of vmnet: {shown}{', ...' if len(self.names) > 3 else ''}"
 
 

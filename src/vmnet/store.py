@@ -254,12 +254,24 @@ class Store:
                 return [_lease(row) for row in db.execute(f"SELECT {_COLUMNS} FROM lease ORDER BY name")]
             return [_need_lease(db, name) for name in names]
 
-    def leases_up(self) -> list[Lease]:
-        """Return the leases of guests that are to be up, in the order of their names; those of others cost nothing."""
-        # By itself SQLite would go through all names, to have them in order.
-        query = f"SELECT {_COLUMNS} FROM lease INDEXED BY lease_up WHERE wish = 'up' ORDER BY name"
+    def leases_up(self, blocks: Collection[Block] | None = None) -> list[Lease]:
+        """Return the leases of guests that are to be up, all or those in `blocks`, ordered by block.
+
+        Those of others cost nothing.
+        """
+        if blocks is not None and not blocks:
+            return []  # SQLite finds no way to ask for none by this index
+        those = "" if blocks is None else f" AND block IN ({', '.join(str(block.number) for block in blocks)})"
+        # By itself SQLite would go through all leases, to have them in order.
+        query = f"SELECT {_COLUMNS} FROM lease INDEXED BY lease_up WHERE wish = 'up'{those} ORDER BY block"
         with self._reading() as db:
             return [_lease(row) for row in db.execute(query)]
+
+    def mtus_up(self) -> list[int]:
+        """Return each MTU of guests that are to be up, once."""
+        query = "SELECT DISTINCT mtu FROM lease INDEXED BY lease_up WHERE wish = 'up' ORDER BY mtu"
+        with self._reading() as db:
+            return [mtu for (mtu,) in db.execute(query)]
 
     def wished_up(self) -> list[tuple[str, Block]]:
         """Return name and block of each guest that is to be up, ordered by block."""

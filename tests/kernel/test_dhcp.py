@@ -173,6 +173,34 @@ def test_what_was_killed_comes_back(laptop: Laptop, killed: str) -> None:
     assert laptop.run("pgrep", "-c", "-x", "dnsmasq").strip() == "3"
 
 
+def test_who_gives_addresses_runs_while_anybody_asks_for_one(laptop: Laptop) -> None:
+    laptop.vmnet("create", "native", "--kind", "veth")
+    assert server(laptop) == 0
+    guest = bare(laptop, "web")
+    pid = server(laptop)
+    assert lives(laptop, pid)
+    assert gets(guest, A)
+    assert laptop.vmnet("plan").out == ""
+    laptop.vmnet("delete", "web")
+    assert wait_until(lambda: not lives(laptop, pid))
+    assert lives(laptop, server(laptop, "native"))
+    assert laptop.vmnet("plan").out == ""
+    assert gets(bare(laptop, "web"), A)
+
+
+def test_without_a_device_it_waits_for_one_without_a_word(laptop: Laptop) -> None:
+    """dnsmasq does not start where there is no device for it."""
+    laptop.vmnet("create", "web", "--kind", "tap")
+    laptop.run("ip", "link", "delete", "vmn-web")
+    kill(laptop, "keeper", "dhcp")
+    made = laptop.vmnet("create", "alias", "--kind", "alias", "--json")
+    assert (made.json[0]["state"], made.err) == ("up", "")
+    assert not lives(laptop, server(laptop))
+    done = laptop.vmnet("up")
+    assert done.err == ""
+    assert wait_until(lambda: lives(laptop, server(laptop)), 10)
+
+
 def test_a_file_that_somebody_changed_is_put_right(laptop: Laptop) -> None:
     guest = bare(laptop, "web")
     folder = Path(laptop.env["VMNET_RUN_DIR"], "dns")

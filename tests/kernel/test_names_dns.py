@@ -9,7 +9,7 @@ import pytest
 
 from tests.kernel.dns import NOERROR, NXDOMAIN, REFUSED, Answer, Upstream, ask
 from tests.kernel.machine import QUIET, Machine, wait_until
-from tests.kernel.net import Guest, Lab, Laptop, forms_here, need_own_etc
+from tests.kernel.net import CLIENT, Guest, Lab, Laptop, forms_here, need_own_etc
 
 WORLD = "www.example.org"
 DOMAIN = "vmnet.internal"
@@ -169,6 +169,58 @@ def test_a_new_name_is_known_at_once_and_a_deleted_one_is_not(laptop: Laptop, gu
     assert wait_until(lambda: all(ask(one, one.guest_gateway, "new").code == NOERROR for one in guests))
     laptop.vmnet("delete", "new")
     assert wait_until(lambda: all(ask(one, one.guest_gateway, "new").code == NXDOMAIN for one in guests))
+
+
+def test_whatever_the_umask_dnsmasq_may_read_it(laptop: Laptop, guests: list[Guest]) -> None:
+    for words in ("create late late3 --kind veth", "delete late"):
+        laptop.run("sh", "-c", f'umask 077; exec "$@" {words}', "sh", *CLIENT)
+    folder = Path(laptop.env["VMNET_RUN_DIR"], "dns")
+    assert [one for one in folder.glob("*/*") if one.stat().st_mode & 0o777 != 0o644] == []
+    late = laptop.guest("late2", "--kind", "veth")
+    for guest in guests:
+        assert finds(guest, f"late2.{DOMAIN}", guest.knows(late))
+        assert finds(guest, f"{guests[0].name}.{DOMAIN}", guest.knows(guests[0]))
+        assert ask(guest, guest.guest_gateway, f"late.{DOMAIN}").code == NXDOMAIN
+
+
+def test_one_guest_more_costs_one_file_of_each_spelling(laptop: Laptop) -> None:
+    """Whoever has a thousand guests pays for the sixty-four that may be in that file."""
+    folder = Path(laptop.env["VMNET_RUN_DIR"], "dns")
+
+    def tables() -> dict[str, int]:
+        return {f"{one.parent.name}/{one.name}": one.stat().st_ino for one in folder.glob("*/*")}
+
+    laptop.vmnet("create", *(f"n{number}" for number in range(65)), "--kind", "veth")
+    before, pids = tables(), [(folder / f"{name}.pid").read_text() for name in ("mapped", "native")]
+    assert sorted(before) == ["mapped/247.1.0", "mapped/247.1.1", "native/127.1.0", "native/127.1.1"]
+    laptop.vmnet("create", "late", "--kind", "veth")
+    after = tables()
+    assert sorted(name for name in after if after[name] != before[name]) == ["mapped/247.1.1", "native/127.1.1"]
+    laptop.vmnet("delete", "late", "n64")
+    assert sorted(tables()) == ["mapped/247.1.0", "native/127.1.0"]
+    assert laptop.vmnet("plan").out == ""
+    assert pids == [(folder / f"{name}.pid").read_text() for name in ("mapped", "native")]
+
+
+@pytest.mark.parametrize("wrong", ["changed", "gone", "one more", "a line that is none"])
+def test_a_table_that_somebody_changed_is_put_right(laptop: Laptop, guests: list[Guest], wrong: str) -> None:
+    folder = Path(laptop.env["VMNET_RUN_DIR"], "dns", "native")
+    [table] = folder.iterdir()
+    text = table.read_text()
+    match wrong:
+        case "changed":
+            table.write_text("127.9.9.2 other.vmnet.internal other\n")
+        case "gone":
+            table.unlink()
+        case "one more":
+            (folder / "127.9.9").write_text("127.9.9.2 other.vmnet.internal other\n")
+        case "a line that is none":
+            table.write_text(f"nonsense\n{text}")
+    assert laptop.vmnet("plan", check=False).code == 10
+    laptop.vmnet("up")
+    assert [(one.name, one.read_text()) for one in folder.iterdir()] == [(table.name, text)]
+    assert finds(guests[-1], guests[0].name, guests[-1].knows(guests[0]))
+    assert ask(guests[-1], guests[-1].guest_gateway, f"other.{DOMAIN}").code == NXDOMAIN
 
 
 def test_restore_ends_it_and_leaves_nothing(laptop: Laptop, guests: list[Guest]) -> None:

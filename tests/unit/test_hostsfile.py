@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from socket import inet_aton
 from types import FrameType
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from netaddr import IPAddress
 
 from vmnet import hostsfile
-from vmnet.hostsfile import HostsFile, HostsFileUnwritable, names_in, render
+from vmnet.hostsfile import Changes, HostsFile, HostsFileUnwritable, amend, names_in, render
 from vmnet.model import POOL_BLOCKS, Block, UsageError, block_of
 
 BEGIN, END = b"# BEGIN vmnet\n", b"# END vmnet\n"
@@ -29,6 +30,12 @@ hostnames = st.builds(
 )
 addresses = st.integers(0, POOL_BLOCKS - 1).map(lambda number: str(Block(number).address))
 names = st.dictionaries(hostnames, addresses, max_size=6)
+one_name_each = st.lists(
+    st.tuples(addresses, hostnames), max_size=3, unique_by=(lambda one: one[0], lambda one: one[1])
+)
+changes = st.builds(
+    lambda gone, new: Changes({**dict.fromkeys(gone), **dict(new)}), st.lists(addresses, max_size=2), one_name_each
+)
 some_names = st.dictionaries(hostnames, addresses, min_size=1, max_size=6)
 
 LINES = [
@@ -126,6 +133,50 @@ def test_no_line_of_others_is_ever_lost_or_moved_past_another(content: bytes, he
         return names_in(BEGIN + line + b"\n" + END) == {}
 
     assert [line for line in others(render(content, {})) if known(line)] == [x for x in others(content) if known(x)]
+
+
+@given(foreign, foreign, names, changes)
+@example(b"", b"", NAMES, Changes({"127.1.0.2": None, "127.1.0.6": None}))
+@example(b"a", b"", {}, Changes({"127.1.0.2": "web.test"}))
+@example(b"", b"", NAMES, Changes({"127.1.0.2": "new.test", "127.1.0.10": "x.test", "127.1.0.14": None}))
+def test_a_change_is_what_a_rendering_of_the_changed_names_is(
+    content: bytes, after: bytes, held: dict[str, str], change: Changes
+) -> None:
+    rendered = render(content, held)
+    file = rendered + after if held else rendered
+    # A guest has one name, and a name one guest.
+    wanted = {name: address for name, address in held.items() if address not in change.names}
+    new = {name: address for address, name in change.names.items() if name and name not in wanted}
+    change = Changes(
+        {address: name if new.get(name or "") == address else None for address, name in change.names.items()}
+    )
+    assert amend(file, change) == render(file, wanted | new)
+
+
+@given(damaged, changes)
+def test_a_change_of_a_damaged_file_loses_nothing_and_is_done_once(content: bytes, change: Changes) -> None:
+    amended = amend(content, change)
+    assert amend(amended, change) == amended
+    assert render(amended, {}) == render(content, {})
+    held = names_in(amended)
+    assert {address: name for name, address in held.items() if address in change.names} == {
+        address: name for address, name in change.names.items() if name and held.get(name) == address
+    }
+
+
+def test_a_change_with_a_thousand_guests_looks_at_few_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = {f"n{number}.vmnet.internal": str(Block(number).address) for number in range(1000)}
+    file = render(DEBIAN, held)
+    looked_at = []
+
+    def address_of(line: bytes) -> bytes:
+        looked_at.append(line)
+        return inet_aton(line.partition(b"\t")[0].decode())
+
+    monkeypatch.setattr(hostsfile, "_address_of", address_of)
+    amended = amend(file, Changes({"127.1.8.2": None}))
+    assert len(looked_at) < 40
+    assert len(amended.splitlines()) == len(file.splitlines()) - 1
 
 
 def test_one_line_a_guest_sorted_by_address() -> None:

@@ -189,7 +189,7 @@ def test_on_behalf_of_a_user_nothing_is_recorded_of_anybody_else(state: Path) ->
 OTHER = Netns("/proc/7/ns/net", False, None)
 
 
-@pytest.mark.parametrize("ask", ["wished_up", "leases_up"])
+@pytest.mark.parametrize("ask", ["wished_up", "leases_up", "mtus_up"])
 def test_who_is_down_is_not_looked_at_for_who_is_up(state: Path, ask: str) -> None:
     with Store.open(state, write=True) as store:
         asked: list[str] = []

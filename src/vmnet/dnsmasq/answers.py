@@ -5,8 +5,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -14,18 +14,29 @@ from importlib.resources import files
 from pathlib import Path
 
 from vmnet import __version__
-from vmnet.dnsmasq.files import Where, render_settings, render_tables
-from vmnet.dnsmasq.processes import PATH, end, end_servers, find_keeper, is_there, tell, wait_for_end
+from vmnet.dnsmasq.files import FOLDERS, SETTINGS, Where, amend_tables, render_settings, render_tables, tables_of
+from vmnet.dnsmasq.processes import (
+    PATH,
+    end,
+    end_servers,
+    find_keeper,
+    find_server,
+    has_devices,
+    is_there,
+    wait_for_end,
+)
 from vmnet.locks import Locks
-from vmnet.model import Lease
+from vmnet.model import Block, Lease
 from vmnet.ondisk import find_program, replace
 from vmnet.ops import EndAnswers, Op, RunAnswers, WriteAnswers
 from vmnet.platform import Report
 from vmnet.settings import Paths, Settings
+from vmnet.store import Store
 from vmnet.systemd import is_in_hosts_netns, systemd_runs
 
 _RESOLV = "/etc/resolv.conf"
 _PATIENCE = 15.0  # seconds that the keeper has to try everything once
+_DHCP_PATIENCE = 2.0  # seconds for the one that gives addresses
 _UNIT = "vmnet-dnsmasq.service"
 # Without Restart=: whoever starts it anew looks first whether it is still wanted.
 # What dnsmasq needs: devices and neighbours, raw and low ports, another user, and to reach files wherever they lie.
@@ -69,36 +80,60 @@ class Answers:
         return self.folder / "problems"
 
     def plan(self, leases: Sequence[Lease]) -> list[Op]:
-        """Return the ops after which guests are answered as those leases want it; say what is in the way now."""
-        self._complain(leases)
-        return self._plan(leases)[0]
+        """Return the ops after which guests are answered as those leases, ordered by block, want it.
 
-    def _plan(self, leases: Sequence[Lease]) -> tuple[list[Op], Mapping[str, str]]:
-        """Return the ops, and the texts of the files that they write."""
-        alive = self._keeper_is_right()
-        if not (alive or leases) or self._lacks_dnsmasq():
-            return [], {}
-        wanted = self._render(leases)
-        other = tuple(name for name, text in wanted.items() if not self._holds(name, text))
+        Say what is in the way now.
+        """
+        self._complain(bool(leases))
+        with self._keeper() as keeper:
+            wanted = self._settings(lease.mtu for lease in leases) | self._tables(leases)
+            return self._plan(self._is_right(keeper), self._read([*wanted, *self._other_tables(wanted)]), wanted)
+
+    def _plan(self, alive: bool, held: Mapping[str, str], wanted: Mapping[str, str]) -> list[Op]:
+        """Return the ops that make the files that are `held` those that are `wanted`; others of `held` go."""
+        if not (alive or _has_guests(wanted)) or self._lacks_dnsmasq():
+            return []
+        other = tuple(sorted(name for name, text in held.items() if wanted.get(name, "") != text))
         ops: list[Op] = [WriteAnswers(str(self.folder), other)] if other else []
         if not alive:
             ops.append(RunAnswers(str(self.folder)))
-        return [op for op in ops if not self.holds_back(op)], wanted
+        return [op for op in ops if not self.holds_back(op)]
 
-    def write(self, ask: Callable[[], Sequence[Lease]]) -> None:
-        """Have guests answered as the leases that `ask` returns want it; it is asked when nobody else writes."""
-        with self.locks.answers():
-            leases = ask()
-            ops, wanted = self._plan(leases)
+    def write(self, store: Store, blocks: Collection[Block] | None = None) -> None:
+        """Have guests answered as the records want it: all of them, or those that hold `blocks`, or held one."""
+        with self.locks.answers(), self._keeper() as keeper:
+            alive = self._is_right(keeper)
+            held, wanted = self._look(store, blocks if alive else None)
+            ops = self._plan(alive, held, wanted)
             try:
                 if ops:
-                    self._apply(ops, wanted)
+                    self._apply(ops, wanted, keeper)
             except OSError as error:
                 self.report.warn(f"{error.filename or self.folder} cannot be written: {error.strerror}; {_WITHOUT}")
                 return
+            if keeper is not None and wanted.get("dhcp.hosts") and not self._lacks_dnsmasq():
+                self._have_dhcp(keeper)
             for op in ops:
                 self.report.did(op)
-            self._complain(leases)
+            self._complain(_has_guests(wanted))
+
+    def rehearse(self, store: Store, blocks: Collection[Block]) -> None:
+        """Do what `write` does, without writing."""
+        with self._keeper() as keeper:
+            alive = self._is_right(keeper)
+            self._plan(alive, *self._look(store, blocks if alive else None))
+
+    def _look(self, store: Store, blocks: Collection[Block] | None) -> tuple[dict[str, str], dict[str, str]]:
+        """Return what files hold and what they are to hold: all of them, or those that say anything of `blocks`."""
+        settings = self._settings(store.mtus_up())
+        held = self._read(settings)
+        if blocks is not None and held == settings:  # with other settings, lines of other guests may be others, too
+            held = self._read(tables_of(blocks, self.settings.plane))
+            with suppress(ValueError):
+                leases = store.leases_up(blocks)
+                return held, amend_tables(held, blocks, leases, self.settings.domain, self.settings.plane)
+        wanted = settings | self._tables(store.leases_up())
+        return self._read([*wanted, *self._other_tables(wanted)]), wanted
 
     def clear(self) -> None:
         """End it all, and leave no file."""
@@ -110,9 +145,10 @@ class Answers:
             if keeper is not None:
                 end([keeper])
             end_servers(self.folder)
-            for file in self.folder.iterdir():
-                file.unlink()
-            self.folder.rmdir()
+            for folder in (*(self.folder / name for name in FOLDERS if (self.folder / name).is_dir()), self.folder):
+                for file in folder.iterdir():
+                    file.unlink()
+                folder.rmdir()
             self.report.did(op)
 
     def plan_clear(self) -> list[Op]:
@@ -139,34 +175,58 @@ class Answers:
 
     # How it is
 
-    def _keeper_is_right(self) -> bool:
-        """Say whether there is a keeper of this version."""
-        if not is_there(self.keeper()):
+    @contextmanager
+    def _keeper(self) -> Iterator[int | None]:
+        """Lend a pidfd of the keeper, None without one."""
+        with ExitStack() as stack:
+            keeper = self.keeper()
+            if keeper is not None:
+                stack.callback(os.close, keeper)
+            yield keeper
+
+    def _is_right(self, keeper: int | None) -> bool:
+        """Say whether a keeper is of this version."""
+        if keeper is None:
             return False
         with suppress(OSError):
             return (self.folder / "keeper.pid").read_text().split()[1:] == [_version()]
         return False
 
-    def _holds(self, name: str, text: str) -> bool:
-        try:
-            return (self.folder / name).read_text() == text
-        except (OSError, UnicodeError):
-            return False
+    def _read(self, names: Iterable[str]) -> dict[str, str]:
+        """Return what those files hold; nothing where one is not there, or is no text."""
+        return {name: self._text(name) for name in names}
 
-    def _render(self, leases: Sequence[Lease]) -> Mapping[str, str]:
+    def _text(self, name: str) -> str:
+        try:
+            with open(f"{self.folder}/{name}", encoding="utf-8") as file:
+                return file.read()
+        except (OSError, UnicodeError):
+            return ""
+
+    def _other_tables(self, wanted: Container[str]) -> list[str]:
+        """Return the tables that are there and are none of those that are wanted."""
+        there = [f"{folder}/{name}" for folder in FOLDERS for name in self._names_in(folder)]
+        return [name for name in there if name not in wanted]
+
+    def _names_in(self, folder: str) -> list[str]:
+        try:
+            return [name for name in os.listdir(self.folder / folder) if not name.startswith(".")]
+        except OSError:
+            return []
+
+    def _settings(self, mtus: Iterable[int]) -> dict[str, str]:
         where = Where(str(self.folder), str(self._leases), _RESOLV)
-        plane = self.settings.plane
-        return {
-            **render_tables(leases, self.settings.domain, plane),
-            **render_settings(_templates(), where, self.settings.domain, plane, leases),
-        }
+        return render_settings(_templates(), where, self.settings.domain, self.settings.plane, mtus)
+
+    def _tables(self, leases: Iterable[Lease]) -> dict[str, str]:
+        return render_tables(leases, self.settings.domain, self.settings.plane)
 
     def _lacks_dnsmasq(self) -> bool:
         return find_program("dnsmasq", PATH) is None
 
-    def _complain(self, leases: Sequence[Lease]) -> None:
+    def _complain(self, has_guests: bool) -> None:
         """Say what keeps guests from being answered."""
-        if leases and self._lacks_dnsmasq():
+        if has_guests and self._lacks_dnsmasq():
             self.report.warn(f"dnsmasq is missing; {_WITHOUT} (install it: apt-get install dnsmasq-base)")
         with suppress(OSError):
             for line in self._problems.read_text().splitlines():
@@ -174,15 +234,42 @@ class Answers:
 
     # What is done
 
-    def _apply(self, ops: Sequence[Op], wanted: Mapping[str, str]) -> None:
-        self.folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+    def _apply(self, ops: Sequence[Op], wanted: Mapping[str, str], keeper: int | None) -> None:
+        for folder in (self.folder, *(self.folder / name for name in FOLDERS)):
+            if not folder.is_dir():
+                folder.mkdir(parents=True)
+                folder.chmod(0o755)  # whatever the umask: dnsmasq becomes another user
         for op in ops:
             if isinstance(op, WriteAnswers):
                 for name in op.names:
-                    replace(self.folder / name, wanted[name])
+                    self._put(name, wanted.get(name, ""))
+                self._tell(keeper)
             else:
                 self._run()
-        tell(self.keeper(), signal.SIGHUP)
+
+    def _tell(self, keeper: int | None) -> None:
+        """Have the keeper look now."""
+        if keeper is not None:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(keeper, signal.SIGHUP)
+
+    def _have_dhcp(self, keeper: int) -> None:
+        """Have somebody give addresses, which begins with the device of the first guest that asks for one."""
+        if is_there(find_server(self.folder, "dhcp")) or not has_devices():
+            return
+        self._tell(keeper)
+        patience = time.monotonic() + _DHCP_PATIENCE
+        while time.monotonic() < patience and not self._text("problems").startswith("dhcp: "):
+            if is_there(find_server(self.folder, "dhcp")):
+                return
+            time.sleep(0.002)
+
+    def _put(self, name: str, text: str) -> None:
+        """Write a file; a table of names without a name is gone."""
+        if text or "/" not in name:
+            replace(self.folder / name, text)
+        else:
+            (self.folder / name).unlink(missing_ok=True)
 
     def _run(self) -> None:
         """Start the keeper, in the place of another one, and wait until it has tried everything."""
@@ -222,6 +309,12 @@ _KEEPER = (
     "import sys; sys.path.insert(0, sys.argv.pop(1)); from vmnet.dnsmasq.keeper import main; main()",
     str(Path(__file__).parents[2]),
 )
+
+
+def _has_guests(wanted: Mapping[str, str]) -> bool:
+    return any(text and name not in SETTINGS for name, text in wanted.items())
+
+
 _WITHOUT = "guests have no DHCP or no names until that is put right"
 
 

@@ -23,14 +23,17 @@ from vmnet.dnsmasq.processes import (
     end_servers,
     find,
     find_server,
+    follows_folders,
+    gives_addresses,
+    has_devices,
     tell,
     wait_for_end,
 )
 from vmnet.ondisk import replace, stamp
 
 _INTERVAL = 2.0  # seconds between two looks
+_NO_DEVICE = "unknown interface"  # what dnsmasq says where none that fits has an address yet: there will be one
 _LONGEST_PAUSE = 64.0  # seconds after which one that does not stay up is tried again
-_READ = {"mapped": ("mapped.hosts",), "native": ("native.hosts",), "dhcp": ("dhcp.live",)}
 # The system's own dnsmasq, which reads the hosts file at its start and when it is told to: what says that it is to be
 # told, its program, and where distributions have its pid.
 _FITTED = Path("/etc/dnsmasq.d/vmnet.conf")
@@ -59,6 +62,7 @@ class Keeper:
         self.leases = leases
         self.resolv = resolv
         self._servers = {name: _Server() for name in SERVERS}
+        self._follows: bool | None = None
         self._stop = False
         self._problems: str | None = None
         self._names: tuple[object, ...] = ()
@@ -90,8 +94,8 @@ class Keeper:
 
     def _look(self, name: str, server: _Server) -> None:
         conf = _text(self.folder / f"{name}.conf")
-        if name == "dhcp":
-            self._join()
+        if name == "dhcp" and not self._needs_dhcp(server):
+            return
         if server.handle is not None and (wait_for_end(server.handle, 0) or conf != server.conf):
             end([server.handle])
             server.handle = None
@@ -106,9 +110,23 @@ class Keeper:
             server.read = read
             signal.pidfd_send_signal(server.handle, signal.SIGHUP)
 
+    def _needs_dhcp(self, server: _Server) -> bool:
+        """Say whether there is anybody to give an address to; else none runs who could."""
+        self._join()
+        if not gives_addresses(self.folder):
+            running = server.handle if server.handle is not None else find_server(self.folder, "dhcp")
+            if running is not None:
+                end([running])
+            server.handle, server.problem = None, ""
+            return False
+        return server.handle is not None or has_devices()
+
     def _stamps(self, name: str) -> tuple[object, ...]:
-        files = [self.folder / one for one in _READ[name]]
-        return tuple(stamp(one) for one in (files if name == "dhcp" else [*files, self.resolv]))
+        if name == "dhcp":
+            return stamp(self.folder / "dhcp.live")
+        if self._follows is None:
+            self._follows = follows_folders(_version_of_dnsmasq())
+        return stamp(self.resolv) + (() if self._follows else stamp(self.folder / name))
 
     def _join(self) -> None:
         """Make dhcp.live of dhcp.hosts and the leases given."""
@@ -151,7 +169,9 @@ class Keeper:
         """Wait until one has gone into the background, and learn what was wrong."""
         words = starting.communicate()[1].strip().removeprefix("dnsmasq: ")
         server.starting, server.problem = None, ""
-        if starting.returncode:
+        if starting.returncode and words.startswith(_NO_DEVICE):
+            server.again, server.pause = 0.0, 1.0
+        elif starting.returncode:
             server.problem = words or f"it ended with exit code {starting.returncode}"
         else:
             replace(self.folder / f"{name}.running", server.conf or "")
@@ -159,7 +179,7 @@ class Keeper:
 
     def _tell_system(self) -> None:
         """Have the system's dnsmasq read the hosts file, which is written before ours, where names have changed."""
-        names = stamp(self.folder / "native.hosts") + stamp(_FITTED)
+        names = stamp(self.folder / "native") + stamp(_FITTED)
         if names == self._names:
             return
         self._names = names
@@ -182,6 +202,17 @@ def _as_root(folder: Path) -> list[str]:
     shut = any(not one.stat().st_mode & 0o001 for one in (folder, *folder.parents))
     # No group at all: to take root's is setgroups(2), which a user namespace of an ordinary user's refuses.
     return ["--user=root", "--group="] if alone or shut else []
+
+
+def _version_of_dnsmasq() -> str:
+    try:
+        told = subprocess.run(
+            ["dnsmasq", "--version"], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            text=True, errors="replace", check=False, env={"PATH": PATH}, cwd="/",
+        )  # fmt: skip
+    except OSError:
+        return ""
+    return told.stdout
 
 
 def _text(file: Path) -> str:

@@ -1,5 +1,6 @@
 """Find dnsmasq and its keeper by their pid files, and end them. Without other imports, for the keeper."""
 
+import _socket
 import os
 import select
 import signal
@@ -51,6 +52,28 @@ def is_there(handle: int | None) -> bool:
         return False
     os.close(handle)
     return True
+
+
+def gives_addresses(folder: Path) -> bool:
+    """Say whether there is any guest that asks for its address, by what dnsmasq reads."""
+    try:
+        return (folder / "dhcp.live").stat().st_size > 0
+    except OSError:
+        return False
+
+
+def follows_folders(words: str) -> bool:
+    """Say whether a dnsmasq forgets by itself what goes from a folder of names: from 2.88 on, by its --version."""
+    _, _, version = words.partition("version ")
+    major, _, rest = version.partition(".")
+    minor = rest[: len(rest) - len(rest.lstrip("0123456789"))]
+    return not (major.isdigit() and minor) or (int(major), int(minor)) >= (2, 88)
+
+
+def has_devices() -> bool:
+    """Say whether there is a device of a guest's: without one dnsmasq does not start to give addresses to them."""
+    names = (name for _, name in _socket.if_nameindex())
+    return any(name.startswith("vmn-") and not name.startswith("vmn-_") for name in names)  # _bridge is libvirt's
 
 
 def tell(handle: int | None, number: signal.Signals) -> None:
