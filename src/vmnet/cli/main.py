@@ -405,11 +405,13 @@ def serve(
 
 def rehearse() -> None:
     """Go the way of a command that changes nothing, so that the next one finds it all read and in memory."""
+    words = ["ip rehearsal", "create rehearsal rehearsal --mac x"]
     with suppress(VmnetError, OSError), _open_engine(Listener()) as engine:
-        engine.rehearse()
-    for words in ("ip rehearsal", "create rehearsal rehearsal --mac x"):
+        if engine.rehearse():
+            words += ["create rehearsal --dry-run --netns /nowhere", "delete rehearsal --dry-run"]
+    for call in words:
         with suppress(VmnetError, OSError):
-            _command()(words.split(), prog_name="vmnet", standalone_mode=False)
+            _command()(call.split(), prog_name="vmnet", standalone_mode=False)
 
 
 @app.command()
