@@ -11,13 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from vmnet.dnsmasq.processes import PATH, SERVERS, find_keeper, find_server, is_there
+from vmnet.client import SOCKET
+from vmnet.dnsmasq.processes import PATH, SERVERS, find_keeper, find_server, gives_addresses, is_there
 from vmnet.doctor import Guest, Reply, Resolver, Sight, questions
 from vmnet.engine import Engine
 from vmnet.hooks import is_installed
 from vmnet.hooks.call import Call
 from vmnet.hooks.install import look as look_at_files
 from vmnet.hooks.parts import parts_here
+from vmnet.members import group_id
 from vmnet.model import Lease, VmnetError
 from vmnet.ondisk import find_program
 from vmnet.ops import RunAnswers
@@ -26,6 +28,7 @@ from vmnet.platform import Listener, Report
 from vmnet.questions import ask
 from vmnet.settings import Paths, Settings
 from vmnet.signs import read_status
+from vmnet.systemd import is_in_hosts_netns, systemd_runs
 
 OpenEngine: TypeAlias = Callable[[Report], AbstractContextManager[Engine]]
 
@@ -62,6 +65,7 @@ def look(open_engine: OpenEngine) -> Sight:
         if not engine.platform.carves:
             return replace(sight, **_look_at_aliases(engine, leases, paths))
     sight = replace(sight, **_look_at_sysctls(), **_look_at_service(paths))
+    sight = replace(sight, **_look_at_server(paths, watched=sight.watcher))
     if leases:
         names = _guests(_sample(leases), settings)
         sight = replace(sight, wanted=True, guests=names, **_look_at_processes(paths))
@@ -138,6 +142,21 @@ def _look_at_service(paths: Paths) -> dict[str, Any]:
     }
 
 
+def _look_at_server(paths: Paths, *, watched: bool) -> dict[str, Any]:
+    """Return where a server is to listen, if anywhere, whether it does, and whether for the group that there is now."""
+    by_systemd = systemd_runs() and is_in_hosts_netns()
+    path = paths.run / SOCKET
+    if not (Path("/etc/systemd/system/vmnet-server.socket").exists() if by_systemd else watched):
+        return {}
+    try:
+        found = path.stat()
+    except OSError:
+        return {"server": (str(path), False, by_systemd)}
+    # The unit names its group, so that it is another's is seen by its file.
+    heeds = by_systemd or group_id() in (None, found.st_gid)
+    return {"server": (str(path), True, by_systemd), "heeds_group": heeds}
+
+
 def _look_at_aliases(engine: Engine, leases: Sequence[Lease], paths: Paths) -> dict[str, Any]:
     """Return what there is to see where guests are aliases: of lo0, of the system, and of names."""
     guests = _guests(_sample(leases), engine.settings) if leases else []
@@ -161,6 +180,8 @@ def _look_at_processes(paths: Paths) -> dict[str, Any]:
     folder = paths.answers
     servers: dict[str, int | None] = {}
     for name in SERVERS:
+        if name == "dhcp" and not gives_addresses(folder):
+            continue
         servers[name] = None
         if is_there(find_server(folder, name)):
             with suppress(OSError, ValueError):

@@ -88,6 +88,16 @@ CASES: dict[str, tuple[dict[str, object], str, str, str]] = {
     "forwarding": ({"forwards": True}, "note", "as a router", "ip_forward=0"),
     "no service": ({"installed": False}, "note", "at boot", "vmnet hooks install"),
     "no watcher": ({"watcher": False}, "note", "what others undo", "vmnet hooks install"),
+    "no server that listens": (
+        {"server": ("/run/vmnet/server.sock", False, True)}, "note", "take a tenth", "restart vmnet-server.socket",
+    ),
+    "a server of a watcher's": (
+        {"server": ("/run/vmnet/server.sock", False, False)}, "note", "take a tenth", "end the watcher",
+    ),
+    "a group that came later": (
+        {"server": ("/run/vmnet/server.sock", True, False), "heeds_group": False}, "warning", "members of group",
+        "end the watcher",
+    ),
     "a fight": ({"left_alone": ["+ route"]}, "warning", "leaves something alone", "who undoes it"),
     "outdated": ({"parts": {"udev": frozenset({"outdated"})}}, "warning", "of hooks", "vmnet hooks install udev"),
     "others' aliases": (

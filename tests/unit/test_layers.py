@@ -21,7 +21,8 @@ ALLOWED: dict[str, set[str]] = {
     "settings": {"ipam", "model", "plan"},
     "store": {"ipam", "model"},
     "absence": {"store"},
-    "hostsfile": {"model"},
+    "addressed": set(),
+    "hostsfile": {"addressed", "model"},
     "found": {"model", "ops", "plan"},
     "locks": {"model"},
     "darwin": {"aliases", "darwin", "model", "ondisk", "ops", "plan", "platform"},
@@ -33,7 +34,10 @@ ALLOWED: dict[str, set[str]] = {
     "names": {"dnsmasq", "hostsfile", "locks", "model", "ops", "plan", "platform", "settings", "store"},
     "systemd": set(),
     "ondisk": set(),
-    "dnsmasq": {"", "dnsmasq", "locks", "model", "ondisk", "ops", "plan", "platform", "settings", "systemd"},
+    "dnsmasq": {
+        "", "addressed", "dnsmasq", "locks", "model", "ondisk", "ops", "plan", "platform", "settings", "store",
+        "systemd",
+    },
     "guests": {"aliases", "model", "ops", "plan", "platform", "settings", "store"},
     "hostpart": {
         "found", "guests", "ipam", "locks", "model", "ops", "plan", "platform", "rules", "settings", "store",
@@ -56,8 +60,8 @@ ALLOWED: dict[str, set[str]] = {
     "doctor": set(),
     "questions": {"doctor"},
     "checkup": {
-        "dnsmasq", "doctor", "engine", "hooks", "model", "ondisk", "ops", "plan", "platform", "questions", "settings",
-        "signs",
+        "client", "dnsmasq", "doctor", "engine", "hooks", "members", "model", "ondisk", "ops", "plan", "platform",
+        "questions", "settings", "signs", "systemd",
     },
     "server": {"", "client", "freshness", "members", "model", "server", "settings", "signs"},
     "cli": {
