@@ -27,15 +27,15 @@ Names: TypeAlias = Mapping[str, str]
 """Host name, such as "myvm.vmnet.internal", to address, such as "127.1.0.2": the third of a block of the pool."""
 
 
+Change: TypeAlias = Mapping[str, str | None]
+"""Address to the host name that it is to have; None: none."""
+
+
 class Changes(NamedTuple):
-    """What is to be the name of each of these addresses, and of these alone; None: it is to have none."""
+    """What is to change alone, and a way to ask for all names, for a file where these are not as they were written."""
 
-    names: Mapping[str, str | None]
-
-    def of(self, held: Names) -> Names:
-        """Return those names changed."""
-        kept = {name: address for name, address in held.items() if address not in self.names}
-        return kept | {name: address for address, name in self.names.items() if name is not None}
+    change: Change
+    every: Callable[[], Names]
 
 
 _BEGIN = b"# BEGIN vmnet"
@@ -82,19 +82,18 @@ def render(original: bytes, names: Names, *, made: bool = False) -> bytes:
 
 
 def amend(original: bytes, changes: Changes) -> bytes:
-    """Return what `render` makes of `original` with the names that it has, changed.
+    """Return `original` with some names changed, or with every name where its block is not as `render` writes it.
 
-    A block as `render` writes it is not taken apart: what is done is the same with one guest and with thousands.
+    A block that is so is not taken apart: what is done is the same with one guest and with thousands.
     """
     whole = _plain_block(original)
-    if whole is not None:
-        start, end = whole
-        new = {one: _lines({name: one})[0] if name else b"" for one, name in changes.names.items()}
-        by_address = {inet_aton(address): line for address, line in new.items()}
-        lines = put(original[start:end], b"\n", _address_of, by_address)
-        if lines:
-            return original[:start] + lines + original[end:]
-    return render(original, changes.of(names_in(original)))
+    if whole is None:
+        return render(original, changes.every())
+    start, end = whole
+    new = {address: _lines({name: address})[0] if name else b"" for address, name in changes.change.items()}
+    by_address = {inet_aton(address): line for address, line in new.items()}
+    lines = put(original[start:end], b"\n", _address_of, by_address)
+    return original[:start] + lines + original[end:] if lines else render(original, {})
 
 
 def _plain_block(content: bytes) -> tuple[int, int] | None:
@@ -112,10 +111,10 @@ def _address_of(line: bytes) -> bytes:
     return inet_aton(line.partition(b"\t")[0].decode())
 
 
-def _between(held: Names, wanted: Names) -> Changes:
+def _between(held: Names, wanted: Names) -> Change:
     gone = {address: None for name, address in held.items() if wanted.get(name) != address}
     new = {address: name for name, address in wanted.items() if held.get(name) != address}
-    return Changes(dict(sorted((gone | new).items(), key=lambda change: inet_aton(change[0]))))
+    return dict(sorted((gone | new).items(), key=lambda one: inet_aton(one[0])))
 
 
 def names_in(content: bytes) -> dict[str, str]:
@@ -207,7 +206,7 @@ class HostsFile:
             seen = _look(os.path.realpath(self.path))
         return seen.content if seen else b""
 
-    def difference(self, names: Names | Changes) -> Changes | None:
+    def difference(self, names: Names | Changes) -> Change | None:
         """Return what `update(names)` would change: nothing, not even of names, where a writer left something behind.
 
         None: there is nothing to do.
@@ -217,7 +216,7 @@ class HostsFile:
             seen = _look(real)
             if not os.path.lexists(_temp(real)) and _desired(seen, names) == (seen and seen.content):
                 return None
-        return names if isinstance(names, Changes) else _between(names_in(seen.content) if seen else {}, names)
+        return names.change if isinstance(names, Changes) else _between(names_in(seen.content) if seen else {}, names)
 
     def is_current(self, names: Names | Changes) -> bool:
         """Return whether `update(names)` has nothing to do: the names are right and no writer left anything behind."""
@@ -291,7 +290,7 @@ def _look(real: str) -> _Seen | None:
 def _desired(seen: _Seen | None, names: Names | Changes) -> bytes | None:
     """Return what the file must hold; None: there must be none."""
     if seen is None:
-        new = names.of({}) if isinstance(names, Changes) else names
+        new = names.every() if isinstance(names, Changes) else names
         return render(b"", new, made=True) if new else None
     content = amend(seen.content, names) if isinstance(names, Changes) else render(seen.content, names)
     return content or (None if _parse(seen.content).note == _MADE else b"")

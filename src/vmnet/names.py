@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmnet.dnsmasq.answers import Answers
-from vmnet.hostsfile import Changes, HostsFile, HostsFileUnwritable
+from vmnet.hostsfile import Change, Changes, HostsFile, HostsFileUnwritable
 from vmnet.hostsfile import Names as Hostnames
 from vmnet.locks import Locks
 from vmnet.model import Block, Lease
@@ -87,7 +87,8 @@ class Names:
             return self._hostnames(store.wished_up())
         names = self._hostnames((lease.name, lease.block) for lease in store.leases_up(blocks))
         nobody = dict.fromkeys(dotted(block.first + 2) for block in blocks)
-        return Changes(nobody | {address: name for name, address in names.items()})
+        change = nobody | {address: name for name, address in names.items()}
+        return Changes(change, lambda: self._hostnames(store.wished_up()))
 
     def _keep(self, ask: Callable[[], Hostnames | Changes]) -> None:
         """Keep the names in the hosts file; where that cannot be, say so: a guest works without."""
@@ -123,5 +124,5 @@ class Names:
         return self._answers.stamp() if self._answers else ()
 
 
-def _op(path: Path, change: Changes) -> WriteNames:
-    return WriteNames(str(path), tuple((name or "", address) for address, name in change.names.items()))
+def _op(path: Path, change: Change) -> WriteNames:
+    return WriteNames(str(path), tuple((name or "", address) for address, name in change.items()))

@@ -131,6 +131,18 @@ def test_a_block_that_was_edited_away_is_drift(laptop: Laptop, warm: Warm) -> No
     assert warm.vmnet(laptop, "plan").out == ""
 
 
+def test_a_file_that_somebody_has_replaced_has_all_names_again_with_the_next_guest(laptop: Laptop, warm: Warm) -> None:
+    warm.vmnet(laptop, "create", "web", "db", *VETH)
+    laptop.hosts_file.write_text("127.0.0.1 localhost\n")
+    warm.vmnet(laptop, "create", "late", *VETH)
+    assert warm.vmnet(laptop, "plan").out == ""
+    assert [line.split()[1].partition(".")[0] for line in laptop.hosts_file.read_text().splitlines()[2:5]] == [
+        "web",
+        "db",
+        "late",
+    ]
+
+
 def test_a_file_that_cannot_be_written_costs_a_warning_only(laptop: Laptop, warm: Warm) -> None:
     start = laptop.hosts_file.read_bytes()
     laptop.run("mount", "--bind", str(laptop.hosts_file), str(laptop.hosts_file))
