@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from vmnet.client import SOCKET
 from vmnet.dnsmasq.processes import PATH, SERVERS, find_keeper, find_server, gives_addresses, is_there
-from vmnet.doctor import Guest, Reply, Resolver, Sight, questions
+from vmnet.doctor import Guest, Reply, Resolver, Server, Sight, questions
 from vmnet.engine import Engine
 from vmnet.hooks import is_installed
 from vmnet.hooks.call import Call
@@ -65,7 +65,7 @@ def look(open_engine: OpenEngine) -> Sight:
         if not engine.platform.carves:
             return replace(sight, **_look_at_aliases(engine, leases, paths))
     sight = replace(sight, **_look_at_sysctls(), **_look_at_service(paths))
-    sight = replace(sight, **_look_at_server(paths, watched=sight.watcher))
+    sight = replace(sight, server=_look_at_server(paths, watched=sight.watcher))
     if leases:
         names = _guests(_sample(leases), settings)
         sight = replace(sight, wanted=True, guests=names, **_look_at_processes(paths))
@@ -142,19 +142,18 @@ def _look_at_service(paths: Paths) -> dict[str, Any]:
     }
 
 
-def _look_at_server(paths: Paths, *, watched: bool) -> dict[str, Any]:
-    """Return where a server is to listen, if anywhere, whether it does, and whether for the group that there is now."""
+def _look_at_server(paths: Paths, *, watched: bool) -> Server | None:
     by_systemd = systemd_runs() and is_in_hosts_netns()
     path = paths.run / SOCKET
     if not (Path("/etc/systemd/system/vmnet-server.socket").exists() if by_systemd else watched):
-        return {}
+        return None
     try:
         found = path.stat()
     except OSError:
-        return {"server": (str(path), False, by_systemd)}
+        return Server(str(path), listens=False, by_systemd=by_systemd)
     # The unit names its group, so that it is another's is seen by its file.
     heeds = by_systemd or group_id() in (None, found.st_gid)
-    return {"server": (str(path), True, by_systemd), "heeds_group": heeds}
+    return Server(str(path), listens=True, by_systemd=by_systemd, heeds_group=heeds)
 
 
 def _look_at_aliases(engine: Engine, leases: Sequence[Lease], paths: Paths) -> dict[str, Any]:

@@ -76,6 +76,19 @@ class Resolver:
 
 
 @dataclass(frozen=True, slots=True)
+class Server:
+    """Where the server that does commands is to listen, whether it does, and whether systemd does so for it.
+
+    `heeds_group`: for members of the group that there is now.
+    """
+
+    path: str
+    listens: bool
+    by_systemd: bool
+    heeds_group: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Sight:
     """All that was seen. `guests` are those asked for by name: all that are to be up, or some of many.
 
@@ -83,10 +96,9 @@ class Sight:
     what differs from the records, `stuck` what is in their way, with hints. `wanted`: somebody is to be answered.
     `hosts` is the file that names are kept in, and `hosts_read` says whether programs read it; `listed` are the names
     that it has rightly. `servers` are the pids of vmnet's dnsmasq, `parts` the states of the files of those parts of
-    hooks whose programs are here. `server` is the path at which one is to listen, whether it does, and whether systemd
-    does so for it; `heeds_group`: for members of the group that there is now. `open_devices` have route_localnet.
-    `forwards`: this host forwards, and for nobody who is known. Where guests are aliases, `aliases` is how many there
-    are to be, `wide` are those of others that are not alone in their subnets, and `version` is that of macOS.
+    hooks whose programs are here. `open_devices` have route_localnet. `forwards`: this host forwards, and for nobody
+    who is known. Where guests are aliases, `aliases` is how many there are to be, `wide` are those of others that are
+    not alone in their subnets, and `version` is that of macOS.
     """
 
     privileged: bool = True
@@ -109,8 +121,7 @@ class Sight:
     installed: bool = True
     watcher: bool = True
     left_alone: Sequence[str] = ()
-    server: tuple[str, bool, bool] | None = None
-    heeds_group: bool = True
+    server: Server | None = None
     parts: Mapping[str, frozenset[str]] = field(default_factory=dict)
     open_devices: Sequence[str] = ()
     forwards: bool = False
@@ -297,15 +308,14 @@ def _service(sight: Sight) -> Iterator[Finding]:
     if wanted and not sight.watcher:
         fix = "vmnet hooks install"
         yield Finding("note", "nobody puts right what others undo", "no watcher is at work", fix)
-    if sight.server and not (sight.server[1] and sight.heeds_group):
-        path, listens, by_systemd = sight.server
-        fix = "systemctl restart vmnet-server.socket" if by_systemd else "end the watcher, and start it again"
-        if listens:
-            what = "members of group vmnet cannot ask for guests of their own"
-            yield Finding("warning", what, f"{path} is not the group's, which is newer", fix)
-        else:
+    if server := sight.server:
+        fix = "systemctl restart vmnet-server.socket" if server.by_systemd else "end the watcher, and start it again"
+        if not server.listens:
             what = "commands take a tenth of a second, and members of group vmnet need root"
-            yield Finding("note", what, f"no server listens at {path}", fix)
+            yield Finding("note", what, f"no server listens at {server.path}", fix)
+        elif not server.heeds_group:
+            what = "members of group vmnet cannot ask for guests of their own"
+            yield Finding("warning", what, f"{server.path} is not the group's, which is newer", fix)
     for line in sight.left_alone:
         fix = "end who undoes it; the log of the watcher names programs"
         yield Finding("warning", "the watcher leaves something alone, which was undone again and again", line, fix)

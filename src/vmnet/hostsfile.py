@@ -25,8 +25,6 @@ from vmnet.model import VmnetError
 
 Names: TypeAlias = Mapping[str, str]
 """Host name, such as "myvm.vmnet.internal", to address, such as "127.1.0.2": the third of a block of the pool."""
-
-
 Change: TypeAlias = Mapping[str, str | None]
 """Address to the host name that it is to have; None: none."""
 
@@ -100,11 +98,11 @@ def _plain_block(content: bytes) -> tuple[int, int] | None:
     """Return where the lines of the only block start and end, if it is as `render` writes it."""
     if content.count(_BEGIN) != 1 or content.count(_END) != 1:
         return None
-    marker = _MARKER.search(content, max(content.find(_BEGIN), 0))
-    start = marker.end() if marker else 0
-    end = content.find(_END + b"\n", start)
-    is_plain = marker and marker[0] == _BEGIN + (marker["note"] or b"") + b"\n" and end > start
-    return (start, end) if is_plain and _OURS.fullmatch(content, start, end) else None
+    marker = _MARKER.match(content, content.find(_BEGIN))
+    if marker is None or marker[0] != _BEGIN + (marker["note"] or b"") + b"\n":
+        return None
+    start, end = marker.end(), content.find(_END + b"\n", marker.end())
+    return (start, end) if end > start and _OURS.fullmatch(content, start, end) else None
 
 
 def _address_of(line: bytes) -> bytes:

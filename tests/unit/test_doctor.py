@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmnet.doctor import Asked, Guest, Reply, Resolver, Sight, examine, questions
+from vmnet.doctor import Asked, Guest, Reply, Resolver, Server, Sight, examine, questions
 from vmnet.questions import _parse, _question
 
 WEB = Guest("web.vmnet.internal", "127.1.0.2", "247.1.0.2")
@@ -89,13 +89,14 @@ CASES: dict[str, tuple[dict[str, object], str, str, str]] = {
     "no service": ({"installed": False}, "note", "at boot", "vmnet hooks install"),
     "no watcher": ({"watcher": False}, "note", "what others undo", "vmnet hooks install"),
     "no server that listens": (
-        {"server": ("/run/vmnet/server.sock", False, True)}, "note", "take a tenth", "restart vmnet-server.socket",
+        {"server": Server("/run/vmnet/server.sock", False, True)},
+        "note", "take a tenth", "restart vmnet-server.socket",
     ),
     "a server of a watcher's": (
-        {"server": ("/run/vmnet/server.sock", False, False)}, "note", "take a tenth", "end the watcher",
+        {"server": Server("/run/vmnet/server.sock", False, False)}, "note", "take a tenth", "end the watcher",
     ),
     "a group that came later": (
-        {"server": ("/run/vmnet/server.sock", True, False), "heeds_group": False}, "warning", "members of group",
+        {"server": Server("/run/vmnet/server.sock", True, False, heeds_group=False)}, "warning", "members of group",
         "end the watcher",
     ),
     "a fight": ({"left_alone": ["+ route"]}, "warning", "leaves something alone", "who undoes it"),

@@ -405,11 +405,11 @@ def serve(
 
 def rehearse() -> None:
     """Go the way of a command that changes nothing, so that the next one finds it all read and in memory."""
-    words = ["ip rehearsal", "create rehearsal rehearsal --mac x"]
+    calls = ["ip rehearsal", "create rehearsal rehearsal --mac x"]
     with suppress(VmnetError, OSError), _open_engine(Listener()) as engine:
         if engine.rehearse():
-            words += ["create rehearsal --dry-run --netns /nowhere", "delete rehearsal --dry-run"]
-    for call in words:
+            calls += ["create rehearsal --dry-run --netns /nowhere", "delete rehearsal --dry-run"]
+    for call in calls:
         with suppress(VmnetError, OSError):
             _command()(call.split(), prog_name="vmnet", standalone_mode=False)
 

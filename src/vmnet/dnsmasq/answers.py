@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from vmnet import __version__
-from vmnet.dnsmasq.files import FOLDERS, SETTINGS, Where, amend_tables, render_settings, render_tables, tables_of
+from vmnet.dnsmasq.files import DHCP, FOLDERS, SETTINGS, Where, amend_tables, render_settings, render_tables, tables_of
 from vmnet.dnsmasq.processes import (
     PATH,
     end,
@@ -111,7 +111,7 @@ class Answers:
             except OSError as error:
                 self.report.warn(f"{error.filename or self.folder} cannot be written: {error.strerror}; {_WITHOUT}")
                 return
-            if keeper is not None and wanted.get("dhcp.hosts") and not self._lacks_dnsmasq():
+            if keeper is not None and wanted.get(DHCP) and not self._lacks_dnsmasq():
                 self._have_dhcp(keeper)
             for op in ops:
                 self.report.did(op)
@@ -178,19 +178,16 @@ class Answers:
     @contextmanager
     def _keeper(self) -> Iterator[int | None]:
         """Lend a pidfd of the keeper, None without one."""
-        with ExitStack() as stack:
-            keeper = self.keeper()
-            if keeper is not None:
-                stack.callback(os.close, keeper)
+        keeper = self.keeper()
+        try:
             yield keeper
+        finally:
+            if keeper is not None:
+                os.close(keeper)
 
     def _is_right(self, keeper: int | None) -> bool:
         """Say whether a keeper is of this version."""
-        if keeper is None:
-            return False
-        with suppress(OSError):
-            return (self.folder / "keeper.pid").read_text().split()[1:] == [_version()]
-        return False
+        return keeper is not None and self._text("keeper.pid").split()[1:] == [_version()]
 
     def _read(self, names: Iterable[str]) -> dict[str, str]:
         """Return what those files hold; nothing where one is not there, or is no text."""
@@ -228,9 +225,8 @@ class Answers:
         """Say what keeps guests from being answered."""
         if has_guests and self._lacks_dnsmasq():
             self.report.warn(f"dnsmasq is missing; {_WITHOUT} (install it: apt-get install dnsmasq-base)")
-        with suppress(OSError):
-            for line in self._problems.read_text().splitlines():
-                self.report.warn(f"dnsmasq for {line}; {_WITHOUT}")
+        for line in self._text("problems").splitlines():
+            self.report.warn(f"dnsmasq for {line}; {_WITHOUT}")
 
     # What is done
 
@@ -309,13 +305,11 @@ _KEEPER = (
     "import sys; sys.path.insert(0, sys.argv.pop(1)); from vmnet.dnsmasq.keeper import main; main()",
     str(Path(__file__).parents[2]),
 )
+_WITHOUT = "guests have no DHCP or no names until that is put right"
 
 
 def _has_guests(wanted: Mapping[str, str]) -> bool:
     return any(text and name not in SETTINGS for name, text in wanted.items())
-
-
-_WITHOUT = "guests have no DHCP or no names until that is put right"
 
 
 @cache

@@ -22,7 +22,8 @@ SETTINGS = ("mapped.conf", "native.conf", "dhcp.conf")
 """The settings, by file name."""
 FOLDERS = ("mapped", "native")
 """Where the tables of names are."""
-_DHCP = "dhcp.hosts"
+DHCP = "dhcp.hosts"
+"""The table of addresses."""
 
 
 def render_settings(
@@ -52,7 +53,7 @@ def render_tables(leases: Iterable[Lease], domain: str, plane: Plane) -> dict[st
     dhcp-hostsfile: the device, known by the tag that dnsmasq makes of it, gets its address whatever its MAC; the first
     MAC is that of the record.
     """
-    lines: dict[str, list[str]] = {_DHCP: []}
+    lines: dict[str, list[str]] = {DHCP: []}
     for lease in leases:
         for name, line in _lines(lease, domain, plane).items():
             lines.setdefault(name, []).append(line)
@@ -61,7 +62,7 @@ def render_tables(leases: Iterable[Lease], domain: str, plane: Plane) -> dict[st
 
 def tables_of(blocks: Iterable[Block], plane: Plane) -> set[str]:
     """Return the names of the tables that may say anything of guests in those blocks."""
-    return {_DHCP} | {name for block in blocks for name in _tables(block, plane)}
+    return {DHCP} | {name for block in blocks for name in _places(block, plane)}
 
 
 def amend_tables(
@@ -75,43 +76,40 @@ def amend_tables(
     changes: dict[str, dict[bytes, str]] = {name: {} for name in tables}
     for block in blocks:
         lines = new.get(block, {})
-        address = block.first + 2
-        shadow = shadow_of(address, plane).to_bytes(4)
-        mapped, native = _tables(block, plane)
-        for name, key in ((mapped, shadow), (native, address.to_bytes(4)), (_DHCP, shadow)):
-            changes[name][key] = lines.get(name, "")
+        for name, address in _places(block, plane).items():
+            changes[name][inet_aton(address)] = lines.get(name, "")
     try:
         return {name: put(tables[name], "\n", _address_of(name), changes[name]) for name in tables}
     except (OSError, IndexError) as error:
         raise ValueError("a table is not as it was made") from error
 
 
-def _tables(block: Block, plane: Plane) -> tuple[str, str]:
-    """Return the names of the tables with a guest's names for mapped guests, and for native ones."""
+def _places(block: Block, plane: Plane) -> dict[str, str]:
+    """Return the tables for a guest, mapped, native and DHCP, each with the address that its line there has."""
     address = block.first + 2
-    return (
-        f"mapped/{dotted(shadow_of(address, plane)).rpartition('.')[0]}",
-        f"native/{dotted(address).rpartition('.')[0]}",
-    )
+    native, shadow = dotted(address), dotted(shadow_of(address, plane))
+    return {
+        f"mapped/{shadow.rpartition('.')[0]}": shadow,
+        f"native/{native.rpartition('.')[0]}": native,
+        DHCP: shadow,
+    }
 
 
 def _address_of(table: str) -> Callable[[str], bytes]:
-    if table == _DHCP:
+    if table == DHCP:
         return lambda line: inet_aton(line.rsplit(",", 2)[1])
     return lambda line: inet_aton(line.partition(" ")[0])
 
 
 def _lines(lease: Lease, domain: str, plane: Plane) -> dict[str, str]:
     """Return a guest's line of each table that has one of it."""
-    address = lease.block.first + 2
-    shadow = dotted(shadow_of(address, plane))
+    (mapped, shadow), (native, address), _ = _places(lease.block, plane).items()
     short = "" if lease.name == "localhost" else f" {lease.name}"  # RFC 6761: that is each guest itself
     names = f"{lease.name}.{domain}{short}\n"
-    mapped, native = _tables(lease.block, plane)
-    lines = {native: f"{dotted(address)} {names}"}
+    lines = {native: f"{address} {names}"}
     if lease.kind != "alias":  # which is the host itself: mapped guests have no way there
         lines[mapped] = f"{shadow} {names}"
     if lease.mode == "mapped" and lease.mac:
         option = f",set:mtu{lease.mtu}" if lease.mtu != USUAL_MTU else ""
-        lines[_DHCP] = f"{lease.mac},*:*:*:*:*:*,tag:{lease.device}{option},{shadow},{lease.name}\n"
+        lines[DHCP] = f"{lease.mac},*:*:*:*:*:*,tag:{lease.device}{option},{shadow},{lease.name}\n"
     return lines
