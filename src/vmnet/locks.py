@@ -54,11 +54,15 @@ class Locks:
             os.close(handle)
 
     def _open(self, name: str) -> int:
+        path, flags = f"{self._run}/{name}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         try:
-            self._run.mkdir(mode=0o755, parents=True, exist_ok=True)
-            return os.open(self._run / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                return os.open(path, flags, 0o600)
+            except FileNotFoundError:
+                self._run.mkdir(mode=0o755, parents=True, exist_ok=True)
+                return os.open(path, flags, 0o600)
         except OSError as error:
-            raise KernelRefused(f"{self._run / name} cannot be opened: {error.strerror}") from None
+            raise KernelRefused(f"{path} cannot be opened: {error.strerror}") from None
 
 
 def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:

@@ -4,9 +4,12 @@ import os
 from pathlib import Path
 
 
-def replace(file: Path, text: str) -> None:
-    """Replace what a file holds; whoever reads it sees all of the former, or all of the new."""
-    partial = f"{file.parent}/.{file.name}.new"
+def replace(file: Path, text: str, folder: Path | None = None) -> None:
+    """Replace what a file holds; whoever reads it sees all of the former, or all of the new.
+
+    The new one is written in `folder` first, on the same file system: in the file's own unless somebody follows that.
+    """
+    partial = f"{folder or file.parent}/.{file.name}.new"
     with open(partial, "w", encoding="utf-8") as new:
         os.fchmod(new.fileno(), 0o644)  # whatever the umask: it is for others
         new.write(text)

@@ -263,7 +263,7 @@ class Answers:
     def _put(self, name: str, text: str) -> None:
         """Write a file; a table of names without a name is gone."""
         if text or "/" not in name:
-            replace(self.folder / name, text)
+            replace(self.folder / name, text, self.folder)
         else:
             (self.folder / name).unlink(missing_ok=True)
 
