@@ -214,30 +214,45 @@ class HostsFile:
             seen = _look(real)
             if not os.path.lexists(_temp(real)) and _desired(seen, names) == (seen and seen.content):
                 return None
-        return names.change if isinstance(names, Changes) else _between(names_in(seen.content) if seen else {}, names)
+        return _difference(seen, names)
 
-    def is_current(self, names: Names | Changes) -> bool:
-        """Return whether `update(names)` has nothing to do: the names are right and no writer left anything behind."""
-        return self.difference(names) is None
-
-    def update(self, names: Names | Changes | Callable[[], Names | Changes]) -> None:
-        """Make the block hold just `names`, or have it changed.
+    def update(
+        self,
+        names: Names | Changes | Callable[[], Names | Changes],
+        permits: Callable[[Change], bool] = lambda _: True,
+        *,
+        likely: bool = False,
+    ) -> Change | None:
+        """Make the block hold just `names`, or have it changed; return what was changed, None: nothing.
 
         Several processes may do so at once. A callable is asked when it is this process's turn: with one that reads
-        the records, the last to write has the newest.
+        the records, the last to write has the newest. Only what `permits` says yes to is done. Where a change is not
+        `likely` it looks first, and without one leaves no trace.
         """
         ask = names if callable(names) else lambda: names
-        if not self.is_current(ask()):
-            self.write(ask)
+        if not likely and self.difference(ask()) is None:
+            return None
+        change: Change | None = None
 
-    def write(self, ask: Callable[[], Names | Changes]) -> None:
-        """Do what `update` does where it is known that there is something to do."""
-        with self._explained():
-            real = os.path.realpath(self.path)
-            for _ in range(_TRIES):
-                if _take_turn(real, ask):
-                    return
-            raise OSError(errno.EAGAIN, "it changes all the time")
+        def decide(seen: _Seen | None) -> bytes | None:
+            nonlocal change
+            wanted, held = ask(), seen.content if seen else None
+            content, change = _desired(seen, wanted), None
+            if content != held and permits(difference := _difference(seen, wanted)):
+                change = difference
+            return held if change is None else content
+
+        try:
+            with self._explained():
+                real = os.path.realpath(self.path)
+                for _ in range(_TRIES):
+                    if _take_turn(real, decide):
+                        return change
+                raise OSError(errno.EAGAIN, "it changes all the time")
+        except HostsFileUnwritable:
+            if likely and self.difference(ask()) is None:
+                return None
+            raise
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -248,6 +263,11 @@ class HostsFile:
                 f"the names of guests cannot be kept in {self.path}: {error.strerror or error}",
                 hint="guests work without; an empty VMNET_HOSTS_FILE leaves the hosts file alone",
             ) from error
+
+
+def _difference(seen: "_Seen | None", names: Names | Changes) -> Change:
+    """Return what another content of the file than it was seen to have is due to."""
+    return names.change if isinstance(names, Changes) else _between(names_in(seen.content) if seen else {}, names)
 
 
 _PATIENCE = 5.0  # seconds; a turn takes milliseconds: whoever holds the lock longer is stuck, or none of us
@@ -299,7 +319,11 @@ def _temp(real: str) -> str:
     return os.path.join(folder, f".{name}.vmnet")
 
 
-def _take_turn(real: str, ask: Callable[[], Names | Changes]) -> bool:
+_Decide: TypeAlias = Callable[[_Seen | None], bytes | None]
+"""What the file that was seen must hold; None: there must be none."""
+
+
+def _take_turn(real: str, decide: _Decide) -> bool:
     """Write the file once, under the lock; return False if it must be tried again."""
     temp = _temp(real)
     try:
@@ -307,9 +331,9 @@ def _take_turn(real: str, ask: Callable[[], Names | Changes]) -> bool:
     except OSError as error:
         if error.errno not in _NOT_REPLACEABLE or not os.path.lexists(real):
             raise
-        return _write_without_temp(real, ask)
+        return _write_without_temp(real, decide)
     try:
-        return _write(real, temp, turn, ask)
+        return _write(real, temp, turn, decide)
     except FileNotFoundError:  # others took the file away, or both have just cleared up after a stuck writer
         return False
     finally:
@@ -318,13 +342,13 @@ def _take_turn(real: str, ask: Callable[[], Names | Changes]) -> bool:
         _release(turn)
 
 
-def _write(real: str, temp: str, turn: int, ask: Callable[[], Names | Changes]) -> bool:
+def _write(real: str, temp: str, turn: int, decide: _Decide) -> bool:
     if os.fstat(turn).st_size:
         if new := _unfinished(real, turn):
             _overwrite(real, new)
         return False
     seen = _look(real)
-    content = _desired(seen, ask())
+    content = decide(seen)
     if content == (seen and seen.content):
         return True
     try:
@@ -481,7 +505,7 @@ def _overwrite(real: str, new: bytes) -> None:
         os.close(fd)
 
 
-def _write_without_temp(real: str, ask: Callable[[], Names | Changes]) -> bool:
+def _write_without_temp(real: str, decide: _Decide) -> bool:
     """Write into the file where nothing can be created beside it (a container with a read-only root)."""
     fd = os.open(real, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
@@ -492,7 +516,7 @@ def _write_without_temp(real: str, ask: Callable[[], Names | Changes]) -> bool:
                 break
             time.sleep(0.002)
         seen = _look(real)
-        content = _desired(seen, ask()) or b""
+        content = decide(seen) or b""
         if not _is_at(fd, real) or _look(real) != seen:
             return False
         if seen and seen.content != content:

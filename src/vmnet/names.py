@@ -67,7 +67,7 @@ class Names:
             return
         if blocks is not None and len(blocks) > _FEW:
             blocks = None
-        self._keep(lambda: self._wanted(store, blocks))
+        self._keep(lambda: self._wanted(store, blocks), likely=blocks is not None)
         if self._answers:
             self._answers.write(store, blocks)
 
@@ -90,17 +90,15 @@ class Names:
         change = nobody | {address: name for name, address in names.items()}
         return Changes(change, lambda: self._hostnames(store.wished_up()))
 
-    def _keep(self, ask: Callable[[], Hostnames | Changes]) -> None:
+    def _keep(self, ask: Callable[[], Hostnames | Changes], *, likely: bool = False) -> None:
         """Keep the names in the hosts file; where that cannot be, say so: a guest works without."""
-        if self.paths.hosts is None:
+        path = self.paths.hosts
+        if path is None:
             return
-        file = HostsFile(self.paths.hosts)
         try:
-            change = file.difference(ask())
-            if change is None or self.holds_back(_op(file.path, change)):
-                return
-            file.write(ask)
-            self.report.did(_op(file.path, change))
+            change = HostsFile(path).update(ask, lambda change: not self.holds_back(_op(path, change)), likely=likely)
+            if change is not None:
+                self.report.did(_op(path, change))
         except HostsFileUnwritable as error:
             self.report.warn(error.message + (f" ({error.hint})" if error.hint else ""))
 

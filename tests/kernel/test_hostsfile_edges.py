@@ -151,7 +151,7 @@ def test_a_file_that_cannot_be_replaced_is_written(folder: Path, place: Place) -
         for names in (ONE, MORE, ONE, {}):
             file.update(names)
             assert path.read_bytes() == render(DEBIAN, names)
-            assert file.is_current(names)
+            assert file.difference(names) is None
             assert os.listdir(path.parent) == sorted(set(os.listdir(path.parent)) - {".hosts.vmnet"})
         after = path.stat()
         assert (after.st_ino, after.st_mode, after.st_uid) == (before.st_ino, before.st_mode, before.st_uid)
@@ -166,7 +166,7 @@ def test_a_file_that_we_made_and_that_cannot_go_is_emptied(folder: Path, place: 
         path = place(folder)
         HostsFile(path).update({})
         assert path.read_bytes() == b""
-        assert HostsFile(path).is_current({})
+        assert HostsFile(path).difference({}) is None
 
     privately(work)
 
@@ -273,7 +273,7 @@ def test_whenever_a_writer_is_killed_the_next_one_puts_it_right(
                 assert content in (old, new), f"torn before line {number}"
             assert set(content.splitlines()) >= OTHERS, f"lost before line {number}"
             file.update(held)
-            assert file.is_current(held)
+            assert file.difference(held) is None
             if place is in_read_only_folder:
                 assert set(file.read().splitlines()) >= OTHERS
                 assert names_in(file.read()) == held
@@ -349,7 +349,7 @@ def test_one_writer_at_a_time(folder: Path, place: Place) -> None:
         others: list[tuple[int, int]] = []
 
         def names() -> dict[str, str]:
-            """Be asked by `is_current`, and then, holding the lock, give another writer the time to pass it."""
+            """Be asked by `difference`, and then, holding the lock, give another writer the time to pass it."""
             if len(asked) == 1:
                 others.append(spawn(lambda: HostsFile(path).update(MORE)))
                 time.sleep(0.2)
@@ -495,15 +495,15 @@ def test_a_read_only_file_system_is_said_to_be_one(folder: Path) -> None:
         HostsFile(disk / "hosts").update(ONE)
         mount("-o", "remount,bind,ro", disk)
         file = HostsFile(disk / "hosts")
-        assert file.is_current(ONE)
+        assert file.difference(ONE) is None
         file.update(ONE)
         for held in (MORE, {}):
-            assert not file.is_current(held)
+            assert file.difference(held) is not None
             with pytest.raises(HostsFileUnwritable, match=f"{disk / 'hosts'}: Read-only file system"):
                 file.update(held)
         assert file.read() == render(DEBIAN, ONE)
         missing = HostsFile(disk / "missing")
-        assert missing.is_current({})
+        assert missing.difference({}) is None
         with pytest.raises(HostsFileUnwritable, match=f"{disk / 'missing'}: Read-only file system"):
             missing.update(ONE)
 
@@ -534,7 +534,7 @@ def test_a_user_without_the_right_is_told(folder: Path) -> None:
         os.setresgid(65534, 65534, 65534)
         os.setresuid(65534, 65534, 65534)
         file = HostsFile(path)
-        assert file.is_current({})
+        assert file.difference({}) is None
         with pytest.raises(HostsFileUnwritable, match="Permission denied"):
             file.update(ONE)
         assert file.read() == DEBIAN

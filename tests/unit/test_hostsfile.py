@@ -299,12 +299,12 @@ def hosts(tmp_path: Path) -> Path:
 
 def test_update_writes_names_and_takes_them_away(hosts: Path) -> None:
     file = HostsFile(hosts)
-    assert file.is_current({})
-    assert not file.is_current(NAMES)
+    assert file.difference({}) is None
+    assert file.difference(NAMES) is not None
     file.update(NAMES)
     assert file.read() == hosts.read_bytes() == render(DEBIAN, NAMES)
-    assert file.is_current(NAMES)
-    assert not file.is_current({})
+    assert file.difference(NAMES) is None
+    assert file.difference({}) is not None
     file.update({})
     assert hosts.read_bytes() == DEBIAN
     assert os.listdir(hosts.parent) == ["hosts"]
@@ -326,7 +326,7 @@ def test_a_file_that_we_made_goes_with_the_last_name(hosts: Path) -> None:
     hosts.unlink()
     file = HostsFile(hosts)
     assert file.read() == b""
-    assert file.is_current({})
+    assert file.difference({}) is None
     mask = os.umask(0o077)
     try:
         file.update(NAMES)
@@ -335,7 +335,7 @@ def test_a_file_that_we_made_goes_with_the_last_name(hosts: Path) -> None:
     assert names_in(file.read()) == NAMES
     assert hosts.stat().st_mode & 0o7777 == 0o644
     file.update({"web.vmnet.internal": "127.1.0.2"})
-    assert not file.is_current({})
+    assert file.difference({}) is not None
     file.update({})
     assert os.listdir(hosts.parent) == []
 
@@ -391,7 +391,7 @@ def test_what_a_killed_writer_left_goes(hosts: Path, leave: Callable[[Path], obj
     precious.write_bytes(b"kept")
     leave(hosts.parent / ".hosts.vmnet")
     file = HostsFile(hosts)
-    assert not file.is_current({})
+    assert file.difference({}) is not None
     file.update(held)
     assert hosts.read_bytes() == render(DEBIAN, held)
     assert precious.read_bytes() == b"kept"
