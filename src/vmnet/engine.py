@@ -587,10 +587,11 @@ class Engine:
                 store.set_relays(name, sorted([one for one in there if one not in gone] + new))
             return new, gone
 
-    def rehearse(self) -> bool:
+    def rehearse(self, *, will_fork: bool) -> bool:
         """Go the ways that making and deleting a guest go, for one that there is not, and change nothing.
 
-        A process that has done so has all that these need in memory. Returns whether there may be guests.
+        A process that has done so has all that these need in memory, and the records open, unless it `will_fork`.
+        Returns whether there may be guests.
         """
         name = "rehearsal"
         lease = Lease(name, Block(POOL_BLOCKS - 1), "veth", "native", "02:00:00:00:00:01", 1500, 0, 1, None, "up", "")
@@ -604,6 +605,8 @@ class Engine:
             self._guests.plan_up([lease], problems)
             self._guests.plan_down([lease], keep_netns=False)
             self._names.rehearse(store, [lease.block])
+            if not will_fork:
+                store.keep()
         request = self._asking.request(GuestSpec(name, kind="veth"))
         with Store.open(self.paths.state / name, write=False) as nothing:  # there are none: all is in memory
             nothing.preview([request], pool=self.settings.pool, created=_now(), limits=self._limits)

@@ -177,13 +177,48 @@ class Limits(NamedTuple):
     owned: int | None = None
 
 
+_File: TypeAlias = tuple[int, int]  # device and inode
+
+
+class _Kept:
+    """A connection to write by that nobody uses; SQLite sees by itself what others have written meanwhile."""
+
+    def __init__(self) -> None:
+        self._held: tuple[Path, sqlite3.Connection, _File] | None = None
+
+    def put(self, path: Path, db: sqlite3.Connection, file: _File) -> None:
+        self._held = path, db, file
+
+    def take(self, path: Path) -> sqlite3.Connection | None:
+        """Return it if it is one to the file that is at `path` now."""
+        if self._held is None:
+            return None
+        (kept_path, db, file), self._held = self._held, None
+        if kept_path == path and _file_at(path) == file:
+            return db
+        db.close()
+        return None
+
+
+_kept = _Kept()
+
+
+def _file_at(path: Path) -> _File | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 class Store:
     """The records in one directory; made by `open`, and a context manager that closes itself."""
 
-    def __init__(self, path: Path, db: sqlite3.Connection | None, *, write: bool) -> None:
+    def __init__(self, path: Path, db: sqlite3.Connection | None, *, write: bool, file: _File | None = None) -> None:
         self._path = path
         self._db = db
         self._write = write
+        self._file = file
 
     @classmethod
     def open(cls, directory: Path, *, write: bool) -> Self:
@@ -196,9 +231,12 @@ class Store:
         with _explained(path, "write" if write else "read"):
             if not write:
                 return cls(path, _connect_reader(path), write=False)
+            if (kept := _kept.take(path)) is not None:
+                return cls(path, kept, write=True)
             _make_directory(path.parent)
             _make_file(path)
-            return cls(path, _patiently(lambda: _connect_writer(path)), write=True)
+            file = _file_at(path)
+            return cls(path, _patiently(lambda: _connect_writer(path)), write=True, file=file)
 
     @staticmethod
     def stamp(directory: Path) -> bytes:
@@ -219,6 +257,15 @@ class Store:
         """Close the file; closing twice is harmless."""
         if self._db is not None:
             self._db.close()
+            self._db = None
+
+    def keep(self) -> None:
+        """Leave what is open to write to the next `open` of this process, which must not fork before.
+
+        If by then another file is there it opens that one.
+        """
+        if self._db is not None and self._file is not None:
+            _kept.put(self._path, self._db, self._file)
             self._db = None
 
     def __enter__(self) -> Self:

@@ -403,11 +403,11 @@ def serve(
     run_server(main, _open_engine, rehearse, descriptor=descriptor, as_json=json_)
 
 
-def rehearse() -> None:
+def rehearse(will_fork: bool) -> None:
     """Go the way of a command that changes nothing, so that the next one finds it all read and in memory."""
     calls = ["ip rehearsal", "create rehearsal rehearsal --mac x"]
     with suppress(VmnetError, OSError), _open_engine(Listener()) as engine:
-        if engine.rehearse():
+        if engine.rehearse(will_fork=will_fork):
             calls += ["create rehearsal --dry-run --netns /nowhere", "delete rehearsal --dry-run"]
     for call in calls:
         with suppress(VmnetError, OSError):

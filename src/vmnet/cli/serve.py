@@ -30,7 +30,7 @@ _LATE = (
 def run_server(
     main: Callable[[], None],
     open_engine: Callable[..., Any],
-    rehearse: Callable[[], None],
+    rehearse: Callable[[bool], None],
     *,
     descriptor: int | None,
     as_json: bool,

@@ -144,3 +144,4 @@ def answer(client: socket.socket, reply: Callable[[bytes, list[int]], bytes]) ->
         text = reply(question, descriptors) or DIRECT
         for start in range(0, len(text), _CHUNK):
             client.send(text[start : start + _CHUNK])
+    client.close()

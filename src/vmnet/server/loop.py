@@ -44,12 +44,12 @@ _NEXT_LOOK = 0.5  # seconds between two looks at what is overdue
 class Work:
     """What forks do: a command line of root's, a question of a user's by uid and descriptors, and a rehearsal of both.
 
-    `busy` is what a user is told who has asked too much already.
+    The rehearsal is told whether its process will fork. `busy` is what a user is told who has asked too much already.
     """
 
     main: Callable[[], None]
     reply: Callable[[bytes, int, list[int]], bytes]
-    rehearse: Callable[[], None]
+    rehearse: Callable[[bool], None]
     busy: bytes
 
 
@@ -79,6 +79,7 @@ class Server:
     _clients: set[_Client] = field(init=False, default_factory=set)
     _waiting: list[_Client] = field(init=False, default_factory=list)
     _spares: list[Spare] = field(init=False, default_factory=list)
+    _leaving: list[Spare] = field(init=False, default_factory=list)
     _worked: float = field(init=False, default=0.0)
     _own: Standing = field(init=False)
     _code: Freshness = field(init=False, default_factory=partial(Freshness, listens=True))
@@ -98,7 +99,7 @@ class Server:
             self._listener.setblocking(False)
             self._hear_signals(stack)
             self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
-            self.work.rehearse()
+            self.work.rehearse(True)
             self._have_spares(_SPARES)
             self.service.ready()
             self.service.log("serving", version=__version__, socket=str(self.paths.run))
@@ -265,6 +266,7 @@ class Server:
         spare = self._spares.pop(0)
         client.fork, client.since = spare, time.monotonic()
         self._selector.modify(spare.ended, selectors.EVENT_READ, lambda: self._hear_end(client, spare))
+        self._selector.register(spare.orders, selectors.EVENT_READ, lambda: self._hear_done(client, spare))
         spare.give(request, [client.connection.fileno(), *descriptors])
 
     def _pass_on(self, client: _Client, fork: Spare) -> None:
@@ -287,7 +289,7 @@ class Server:
         is_new = False
         while len(self._spares) < wanted and self._code.due is None and (needed or not self._stop):
             try:
-                spare = start_spare(self.work.rehearse, self._do)
+                spare = start_spare(partial(self.work.rehearse, False), self._do)
             except OSError as error:
                 self.service.log("no fork", level="error", reason=error.strerror or "")
                 time.sleep(0.1)
@@ -323,11 +325,28 @@ class Server:
         assert order is not None
         become(client, order, descriptors, int(first, 8), self.work.main)
 
+    def _hear_done(self, client: _Client, fork: Spare) -> None:
+        """Take note that a fork has told its client all, and will end; or that it has ended without a word."""
+        self._selector.unregister(fork.orders)
+        if fork.is_done():
+            self._leaving.append(fork)
+            self._selector.modify(fork.ended, selectors.EVENT_READ, partial(self._hear_end, None, fork))
+            self._finish(client)
+
+    def _finish(self, client: _Client) -> None:
+        self._worked = time.monotonic()
+        self._let_go(client)
+        self._give_turns()
+
     def _hear_end(self, client: _Client | None, fork: Spare) -> None:
         """Take note of a fork's end; it has told its client how, unless a signal ended it."""
         self._selector.unregister(fork.ended)
+        with suppress(KeyError):
+            self._selector.unregister(fork.orders)
         _, status = os.waitpid(fork.pid, 0)
         fork.forget()
+        if fork in self._leaving:
+            self._leaving.remove(fork)
         if fork in self._spares:
             self._spares.remove(fork)
             self.service.log("a fork ended early", level="warning", status=str(os.waitstatus_to_exitcode(status)))
@@ -336,9 +355,7 @@ class Server:
             if os.WIFSIGNALED(status) and client.peer.uid == 0:
                 with suppress(OSError):
                     client.connection.send(b"%s%d" % (KILLED, os.WTERMSIG(status)))
-            self._worked = time.monotonic()
-            self._let_go(client)
-            self._give_turns()
+            self._finish(client)
 
     def _end_what_is_overdue(self) -> None:
         now = time.monotonic()
@@ -356,7 +373,7 @@ class Server:
         if due is None or now < due or self._forks() or self._code.is_fresh(now) or self._code.due != due:
             return
         self.service.log("starting anew", reason="vmnet has changed on disk")
-        for spare in self._spares:
+        for spare in [*self._spares, *self._leaving]:
             signal.pidfd_send_signal(spare.ended, signal.SIGKILL)
             os.waitpid(spare.pid, 0)
             spare.forget()
