@@ -17,6 +17,7 @@ from vmnet import __version__
 from vmnet.dnsmasq.files import DHCP, FOLDERS, SETTINGS, Where, amend_tables, render_settings, render_tables, tables_of
 from vmnet.dnsmasq.processes import (
     PATH,
+    TELLS_OF_NAMES,
     end,
     end_servers,
     find_keeper,
@@ -239,7 +240,8 @@ class Answers:
             if isinstance(op, WriteAnswers):
                 for name in op.names:
                     self._put(name, wanted.get(name, ""))
-                self._tell(keeper)
+                if any("/" not in name for name in op.names) or (self.folder / TELLS_OF_NAMES).exists():
+                    self._tell(keeper)
             else:
                 self._run()
 

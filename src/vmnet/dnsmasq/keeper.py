@@ -18,6 +18,7 @@ from vmnet.dnsmasq.held import holders, with_holders
 from vmnet.dnsmasq.processes import (
     PATH,
     SERVERS,
+    TELLS_OF_NAMES,
     conf_word,
     end,
     end_servers,
@@ -67,6 +68,7 @@ class Keeper:
         self._problems: str | None = None
         self._names: tuple[object, ...] = ()
         self._joined: tuple[object, ...] = ()
+        self._asks: bool | None = None
 
     def keep(self, wakeup: int) -> None:
         """Keep them; `wakeup` becomes readable with each signal."""
@@ -78,6 +80,7 @@ class Keeper:
                     self._finish(name, server, server.starting)
             self._tell()
             self._tell_system()
+            self._ask_for_word()
             poll = select.poll()
             for handle in (wakeup, *(one.handle for one in self._servers.values() if one.handle is not None)):
                 poll.register(handle, select.POLLIN)
@@ -187,6 +190,16 @@ class Keeper:
             return
         for pid_file in _SYSTEMS_PIDS:
             tell(find(pid_file, _SYSTEMS), signal.SIGHUP)
+
+    def _ask_for_word(self) -> None:
+        """Have the engine tell of names only where somebody would not hear of them otherwise."""
+        asks = self._follows is False or _FITTED.exists()
+        if asks != self._asks:
+            self._asks = asks
+            if asks:
+                replace(self.folder / TELLS_OF_NAMES, "")
+            else:
+                (self.folder / TELLS_OF_NAMES).unlink(missing_ok=True)
 
     def _tell(self) -> None:
         """Write down what is wrong, a line for each, for the engine to say; the first time, that all has been tried."""

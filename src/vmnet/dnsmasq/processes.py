@@ -10,6 +10,8 @@ from pathlib import Path
 PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 """Where dnsmasq is looked for."""
 SERVERS = ("dhcp", "mapped", "native")
+TELLS_OF_NAMES = "names.asked"
+"""A file of the keeper's: while it is there, the keeper is to be told of names, not only of all else."""
 _PATIENCE = 3.0  # seconds that a process has to end by itself
 
 

@@ -49,33 +49,38 @@ def parse_question(request: bytes) -> bytes | None:
     return rest if (magic, kind) == (MAGIC, ASK) else None
 
 
-def become(
-    client: socket.socket, order: Order, descriptors: Sequence[int], umask: int, main: Callable[[], None]
-) -> None:
-    """Run the command line as the client's own process would, and tell the client how it ends.
+def prepare(order: Order, descriptors: Sequence[int]) -> bool:
+    """Take what is a client's own, and use none of it: who that is may not be known yet. Say whether it can be had.
 
-    `descriptors` are its 0, 1, 2 and current folder. Nothing is begun for a client that has gone.
+    `descriptors` are its 0, 1, 2 and current folder.
     """
     try:
         for number, descriptor in enumerate(descriptors[:3]):
             os.dup2(descriptor, number)
         os.fchdir(descriptors[3])
     except OSError:  # its folder is closed to root (NFS, FUSE), though it has been there before
-        client.send(DIRECT)
-        return
+        return False
     for descriptor in descriptors:
         os.close(descriptor)
-    try:
-        client.send(BEGUN)
-    except OSError:
-        return
-    os.umask(umask)
     for name in os.environ.keys() - order.environment.keys():
         del os.environ[name]
     for name, value in order.environment.items():
         if os.environ.get(name) != value:
             os.environ[name] = value
     sys.argv = ["vmnet", *order.words]
+    return True
+
+
+def become(client: socket.socket, umask: int, main: Callable[[], None]) -> None:
+    """Run the command line that was prepared as the client's own process would, and tell the client how it ends.
+
+    Nothing is begun for a client that has gone.
+    """
+    try:
+        client.send(BEGUN)
+    except OSError:
+        return
+    os.umask(umask)
     _open_streams()
     code = _exit_code(main)
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)

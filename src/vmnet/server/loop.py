@@ -21,7 +21,7 @@ from vmnet import __version__
 from vmnet.client import DIRECT, KILLED, MAGIC, RUN, own_code
 from vmnet.freshness import Freshness
 from vmnet.members import group_id
-from vmnet.server.jobs import answer, become, parse_order
+from vmnet.server.jobs import Order, answer, become, parse_order, prepare
 from vmnet.server.listening import Listener, pass_on, passed_socket
 from vmnet.server.peers import Peer, Standing, has_account, is_member, peer_of, standing_of
 from vmnet.server.spares import LARGEST, Job, Spare, end_with_parent, start_spare
@@ -79,7 +79,7 @@ class Server:
     _clients: set[_Client] = field(init=False, default_factory=set)
     _waiting: list[_Client] = field(init=False, default_factory=list)
     _spares: list[Spare] = field(init=False, default_factory=list)
-    _leaving: list[Spare] = field(init=False, default_factory=list)
+    _unended: set[Spare] = field(init=False, default_factory=set)
     _worked: float = field(init=False, default=0.0)
     _own: Standing = field(init=False)
     _code: Freshness = field(init=False, default_factory=partial(Freshness, listens=True))
@@ -205,33 +205,44 @@ class Server:
         self._give_turns()
 
     def _take_order(self, client: _Client) -> None:
-        """Read what root asks for, and have it done, or say that it is not for this server."""
+        """Read what root asks for, and have it done, or say that it is not for this server.
+
+        A fork makes itself ready for it while this process looks whether it may.
+        """
         descriptors: list[int] = []
         try:
             request, descriptors, flags, _ = socket.recv_fds(client.connection, LARGEST, 4)
             order = parse_order(request)
-            standing = standing_of(client.peer.pid)
-            if (
-                order
-                and standing
-                and len(descriptors) == 4
-                and not flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC)
-                and self._own.serves(standing)
-                and order.code == self._own_code
-                and Paths.from_environment(order.environment) == self.paths
-                and self._code.is_fresh(time.monotonic())
-            ):
-                self._selector.register(client.connection, selectors.EVENT_READ, lambda: self._hear(client))
-                self._employ(client, b"%o\0" % standing.umask + request, descriptors)
-            else:
-                if request:
-                    client.connection.send(DIRECT)
-                self._let_go(client)
+            is_whole = len(descriptors) == 4 and not flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC)
+            if order and is_whole and order.code == self._own_code:
+                fork = self._take_spare()
+                fork.give(request, [client.connection.fileno(), *descriptors])
+                standing = self._standing_for(client.peer, order)
+                if standing:
+                    self._selector.register(client.connection, selectors.EVENT_READ, lambda: self._hear(client))
+                    self._employ(client, fork)
+                    fork.let_go_on(b"%o" % standing.umask)
+                    return
+                signal.pidfd_send_signal(fork.ended, signal.SIGKILL)
+            if request:
+                client.connection.send(DIRECT)
+            self._let_go(client)
         except OSError:
             self._let_go(client)
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
+
+    def _standing_for(self, peer: Peer, order: Order) -> Standing | None:
+        """Return the standing of a client whose work this process may do; None: it does it itself."""
+        standing = standing_of(peer.pid)
+        is_served = (
+            standing
+            and self._own.serves(standing)
+            and Paths.from_environment(order.environment) == self.paths
+            and self._code.is_fresh(time.monotonic())
+        )
+        return standing if is_served else None
 
     def _give_turns(self) -> None:
         """Have those done who have waited longest, so many of each user at a time."""
@@ -251,23 +262,27 @@ class Server:
     def _take_question(self, client: _Client) -> None:
         try:
             if self._code.is_fresh(time.monotonic()):
-                self._employ(client, b"%d" % client.peer.uid, [])
+                fork = self._take_spare()
+                fork.give(b"%d" % client.peer.uid, [client.connection.fileno()])
+                self._employ(client, fork)
                 self._close(client)  # the fork has it, and nobody else is to read from it
             else:
                 self._let_go(client)
         except OSError:
             self._let_go(client)
 
-    def _employ(self, client: _Client, request: bytes, descriptors: list[int]) -> None:
-        """Give a client to the fork that waits; raises OSError."""
+    def _take_spare(self) -> Spare:
+        """Return the fork that has waited longest; raises OSError."""
         self._have_spares(1, needed=True)
         if not self._spares:
             raise OSError("there is no process to be had")
-        spare = self._spares.pop(0)
-        client.fork, client.since = spare, time.monotonic()
-        self._selector.modify(spare.ended, selectors.EVENT_READ, lambda: self._hear_end(client, spare))
-        self._selector.register(spare.orders, selectors.EVENT_READ, lambda: self._hear_done(client, spare))
-        spare.give(request, [client.connection.fileno(), *descriptors])
+        return self._spares.pop(0)
+
+    def _employ(self, client: _Client, fork: Spare) -> None:
+        """Have a fork work for a client."""
+        client.fork, client.since = fork, time.monotonic()
+        self._selector.modify(fork.ended, selectors.EVENT_READ, lambda: self._hear_end(client, fork))
+        self._selector.register(fork.orders, selectors.EVENT_READ, lambda: self._hear_done(client, fork))
 
     def _pass_on(self, client: _Client, fork: Spare) -> None:
         """Have a fork get the signals that its client got; one whose client was killed is killed, too."""
@@ -295,6 +310,7 @@ class Server:
                 time.sleep(0.1)
                 return
             self._spares.append(spare)
+            self._unended.add(spare)
             self._selector.register(spare.ended, selectors.EVENT_READ, partial(self._hear_end, None, spare))
             is_new = True
         if is_new and not needed:
@@ -307,29 +323,31 @@ class Server:
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours:
-            request = b"\0".join((MAGIC, RUN, self._own_code, b"0", b"VMNET_RUN_DIR=/nowhere"))
+            request = b"\0".join((MAGIC, RUN, b"another's", b"0", b"VMNET_RUN_DIR=/nowhere"))
             socket.send_fds(ours, [request], [ours.fileno()] * 4)
             theirs.setblocking(False)
             self._admit(theirs)
+            order = parse_order(request)
+            assert order is not None
+            self._standing_for(peer_of(ours), order)
 
     def _do(self, job: Job) -> None:
         """Be the fork: of root's clients all is known, of others the uid."""
         connection, *descriptors = job.descriptors
         client = socket.socket(fileno=connection)
         client.setblocking(True)
-        first, separated, request = job.request.partition(b"\0")
-        if not separated:
-            answer(client, lambda question, given: self.work.reply(question, int(first), given))
-            return
-        order = parse_order(request)
-        assert order is not None
-        become(client, order, descriptors, int(first, 8), self.work.main)
+        order = parse_order(job.request)
+        if order is None:
+            answer(client, lambda question, given: self.work.reply(question, int(job.request), given))
+        elif not prepare(order, descriptors):
+            client.send(DIRECT)
+        else:
+            become(client, int(job.go_on(), 8), self.work.main)
 
     def _hear_done(self, client: _Client, fork: Spare) -> None:
         """Take note that a fork has told its client all, and will end; or that it has ended without a word."""
         self._selector.unregister(fork.orders)
         if fork.is_done():
-            self._leaving.append(fork)
             self._selector.modify(fork.ended, selectors.EVENT_READ, partial(self._hear_end, None, fork))
             self._finish(client)
 
@@ -345,8 +363,7 @@ class Server:
             self._selector.unregister(fork.orders)
         _, status = os.waitpid(fork.pid, 0)
         fork.forget()
-        if fork in self._leaving:
-            self._leaving.remove(fork)
+        self._unended.discard(fork)
         if fork in self._spares:
             self._spares.remove(fork)
             self.service.log("a fork ended early", level="warning", status=str(os.waitstatus_to_exitcode(status)))
@@ -373,10 +390,10 @@ class Server:
         if due is None or now < due or self._forks() or self._code.is_fresh(now) or self._code.due != due:
             return
         self.service.log("starting anew", reason="vmnet has changed on disk")
-        for spare in [*self._spares, *self._leaving]:
-            signal.pidfd_send_signal(spare.ended, signal.SIGKILL)
-            os.waitpid(spare.pid, 0)
-            spare.forget()
+        for fork in self._unended:
+            signal.pidfd_send_signal(fork.ended, signal.SIGKILL)
+            os.waitpid(fork.pid, 0)
+            fork.forget()
         if self._passed:
             pass_on(self._listener)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

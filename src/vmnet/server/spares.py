@@ -15,15 +15,20 @@ LARGEST = 1 << 18
 """Bytes of the largest message; the kernel lets none through that is larger (net.core.wmem_default, socket(7))."""
 _MOST_DESCRIPTORS = 5
 _DONE = b"d"
+_LONGEST_WORD = 64  # bytes
 _LAST_NAP = 0.003  # seconds
 _PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 
 
 class Job(NamedTuple):
-    """What a fork is given to do: for root a request, for anybody else nothing but the connection to read it from."""
+    """What a fork is given to do: for root a request, for anybody else nothing but the connection to read it from.
+
+    `go_on` waits for what `let_go_on` says.
+    """
 
     request: bytes
     descriptors: list[int]
+    go_on: Callable[[], bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,10 @@ class Spare:
     def give(self, request: bytes, descriptors: list[int]) -> None:
         """Have it do a job; raises OSError where it has ended. What can be read of `orders` then is that it is done."""
         socket.send_fds(self.orders, [request], descriptors)
+
+    def let_go_on(self, word: bytes) -> None:
+        """Have it go on where it waits to be told; raises OSError where it has ended."""
+        self.orders.send(word)
 
     def is_done(self) -> bool:
         """Read what it says of its job: whether that is done, or it has ended before."""
@@ -103,7 +112,7 @@ def _be_a_spare(
     if not (request or descriptors) or flags & socket.MSG_CTRUNC:
         os._exit(0)
     with suppress(SystemExit):
-        work(Job(request, descriptors))
+        work(Job(request, descriptors, lambda: orders.recv(_LONGEST_WORD)))
     with suppress(OSError):
         orders.send(_DONE)
     time.sleep(_LAST_NAP)
