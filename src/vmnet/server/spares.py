@@ -5,7 +5,6 @@ import gc
 import os
 import signal
 import socket
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ LARGEST = 1 << 18
 _MOST_DESCRIPTORS = 5
 _DONE = b"d"
 _LONGEST_WORD = 64  # bytes
-_LAST_NAP = 0.003  # seconds
 _PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 
 
@@ -54,6 +52,10 @@ class Spare:
         except OSError:
             return False
 
+    def dismiss(self) -> None:
+        """Have one that is done end."""
+        self.orders.close()
+
     def forget(self) -> None:
         """Close what is open of it."""
         self.orders.close()
@@ -63,8 +65,8 @@ class Spare:
 def start_spare(rehearse: Callable[[], None], work: Callable[[Job], None]) -> Spare:
     """Fork, and return the fork, which rehearses, waits for a job, does it and ends; with this process at the latest.
 
-    It has no descriptor of this process's but 0, 1 and 2. It says that the job is done, and ends a little later: to be
-    taken apart keeps a processor for 2 ms, and those who have waited for the job need it. Raises OSError.
+    It has no descriptor of this process's but 0, 1 and 2. It says that the job is done, and ends when it is dismissed.
+    Raises OSError.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     parent = os.getpid()
@@ -115,5 +117,5 @@ def _be_a_spare(
         work(Job(request, descriptors, lambda: orders.recv(_LONGEST_WORD)))
     with suppress(OSError):
         orders.send(_DONE)
-    time.sleep(_LAST_NAP)
+        orders.recv(1)
     os._exit(0)
