@@ -3,7 +3,7 @@
 import sys
 
 if sys.flags.no_site and not __package__:
-    sys.path.append(__file__.rpartition("/vmnet/")[0])  # without site packages nobody else knows where vmnet is
+    sys.path.insert(0, __file__.rpartition("/vmnet/")[0])  # without site packages nobody else knows where vmnet is
 
 from vmnet.client import main
 

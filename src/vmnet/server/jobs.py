@@ -71,10 +71,10 @@ def prepare(order: Order, descriptors: Sequence[int]) -> bool:
     return True
 
 
-def become(client: socket.socket, umask: int, main: Callable[[], None]) -> None:
+def become(client: socket.socket, umask: int, main: Callable[[], None], done: Callable[[], None]) -> None:
     """Run the command line that was prepared as the client's own process would, and tell the client how it ends.
 
-    Nothing is begun for a client that has gone.
+    Nothing is begun for a client that has gone. `done` comes before the last word to the client.
     """
     try:
         client.send(BEGUN)
@@ -86,6 +86,7 @@ def become(client: socket.socket, umask: int, main: Callable[[], None]) -> None:
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     for number in range(3):
         os.dup2(null, number)  # who reads what was written sees its end now, not when this process is all taken apart
+    done()
     with suppress(OSError):
         client.send(b"%s%d" % (EXITED, code))
 

@@ -36,6 +36,7 @@ _MOST_FORKS_OF_ROOT = 32  # at a time; more of them would wait for each other's 
 _ORDERS = frozenset({signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM, signal.SIGSTOP, signal.SIGCONT})
 """What root's client may have its fork be sent."""
 _SPARES = 2  # who makes a guest often wants something of it at once
+_SOON = 0.002  # seconds that a client and who waits for it have the processors for themselves
 _CALM = 0.03  # seconds without work, after which the last of them is made anew, and those that are done end
 _MOST_LEAVING = 4  # forks that are done and wait for that
 _NEXT_LOOK = 0.5  # seconds between two looks at what is overdue
@@ -129,18 +130,22 @@ class Server:
         if self._stop and self._listener.fileno() in self._selector.get_map():
             self._selector.unregister(self._listener)
         is_busy = bool(self._clients) or self._code.due is not None
-        short = (len(self._spares) < _SPARES or bool(self._leaving)) and not is_busy
-        for key, _ in self._selector.select(
-            _CALM if short else _NEXT_LOOK if is_busy else self.service.patience or None
-        ):
+        if is_busy:
+            patience: float | None = _NEXT_LOOK
+        elif len(self._spares) < _SPARES or self._leaving:
+            patience = _CALM if self._spares else _SOON
+        else:
+            patience = self.service.patience or None
+        for key, _ in self._selector.select(patience):
             if self._selector.get_map().get(key.fd) == key:  # else who came before in this turn has ended it
                 key.data()
         self._end_what_is_overdue()
         self._start_anew()
         if not self._forks():  # to make some while others work would slow those down
-            is_calm = time.monotonic() - self._worked >= _CALM
-            self._dismiss(0 if is_calm else _MOST_LEAVING)
-            self._have_spares(_SPARES if is_calm else 1)
+            quiet = time.monotonic() - self._worked
+            if quiet >= _SOON:
+                self._dismiss(0 if quiet >= _CALM else _MOST_LEAVING)
+                self._have_spares(_SPARES if quiet >= _CALM else 1)
         self.service.alive()
 
     # Who comes
@@ -346,7 +351,7 @@ class Server:
         elif not prepare(order, descriptors):
             client.send(DIRECT)
         else:
-            become(client, int(job.go_on(), 8), self.work.main)
+            become(client, int(job.go_on(), 8), self.work.main, job.done)
 
     def _hear_done(self, client: _Client, fork: Spare) -> None:
         """Take note that a fork has told its client all, and will end; or that it has ended without a word."""

@@ -21,12 +21,13 @@ _PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 class Job(NamedTuple):
     """What a fork is given to do: for root a request, for anybody else nothing but the connection to read it from.
 
-    `go_on` waits for what `let_go_on` says.
+    `go_on` waits for what `let_go_on` says, `done` says that whoever asked waits for nothing but an answer any more.
     """
 
     request: bytes
     descriptors: list[int]
     go_on: Callable[[], bytes]
+    done: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +114,14 @@ def _be_a_spare(
     request, descriptors, flags, _ = socket.recv_fds(orders, LARGEST, _MOST_DESCRIPTORS)
     if not (request or descriptors) or flags & socket.MSG_CTRUNC:
         os._exit(0)
+
+    def say_done() -> None:
+        with suppress(OSError):
+            orders.send(_DONE)
+
     with suppress(SystemExit):
-        work(Job(request, descriptors, lambda: orders.recv(_LONGEST_WORD)))
+        work(Job(request, descriptors, lambda: orders.recv(_LONGEST_WORD), say_done))
+    say_done()
     with suppress(OSError):
-        orders.send(_DONE)
         orders.recv(1)
     os._exit(0)
