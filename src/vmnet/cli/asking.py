@@ -20,21 +20,12 @@ from vmnet.model import (
     VmnetError,
 )
 from vmnet.requests import LARGEST, MOST_NAMES, Answer, Question
-from vmnet.settings import Paths, backend
+from vmnet.settings import Paths
 
 _ANSWERED = 150.0  # seconds; the server gives up before
 _KINDS: tuple[type[VmnetError], ...] = (
     KernelRefused, UsageError, NoSuchGuest, Conflict, PoolExhausted, NotPermitted, HostLacks,
 )  # fmt: skip
-
-
-def is_user() -> bool:
-    """Say whether the caller is one who asks the server: on Linux, without root's rights over the network."""
-    if backend() != "linux" or os.geteuid() == 0:
-        return False
-    from vmnet.linux.platform import has_rights
-
-    return not has_rights()
 
 
 def ask(paths: Paths, *, netns: str | None = None, **fields: Any) -> Answer | None:
