@@ -496,11 +496,12 @@ def test_a_read_only_file_system_is_said_to_be_one(folder: Path) -> None:
         mount("-o", "remount,bind,ro", disk)
         file = HostsFile(disk / "hosts")
         assert file.difference(ONE) is None
-        file.update(ONE)
-        for held in (MORE, {}):
-            assert file.difference(held) is not None
-            with pytest.raises(HostsFileUnwritable, match=f"{disk / 'hosts'}: Read-only file system"):
-                file.update(held)
+        for likely in (False, True):
+            assert file.update(ONE, likely=likely) is None
+            for held in (MORE, {}):
+                assert file.difference(held) is not None
+                with pytest.raises(HostsFileUnwritable, match=f"{disk / 'hosts'}: Read-only file system"):
+                    file.update(held, likely=likely)
         assert file.read() == render(DEBIAN, ONE)
         missing = HostsFile(disk / "missing")
         assert missing.difference({}) is None

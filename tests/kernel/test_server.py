@@ -334,6 +334,25 @@ def descriptors(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
+def forks(laptop: Laptop) -> int:
+    """Return how many forks the server has, those that wait for work included."""
+    return sum(not is_client(pid) for pid in processes(laptop)) - 1
+
+
+def test_forks_that_are_done_are_few_and_end_when_nobody_asks(laptop: Laptop, server: "subprocess.Popen[str]") -> None:
+    assert wait_until(lambda: forks(laptop) == 2, 5)
+    most = 0
+    for number in range(12):
+        laptop.vmnet("create", f"web{number}", "--kind", "veth")
+        most = max(most, forks(laptop))
+    assert 2 < most <= 2 + 4 + 2  # those that wait, those that are done, and who is just ending or beginning
+    assert wait_until(lambda: forks(laptop) == 2, 5)
+    # One that was given what is not for this server was ready to do it, and is gone; nothing was done.
+    assert not is_served(laptop, env={"VMNET_STATE_DIR": str(laptop.folder / "other")})
+    assert wait_until(lambda: forks(laptop) == 2, 5)
+    assert is_served(laptop)
+
+
 def test_many_commands_at_once_are_all_done(laptop: Laptop, server: "subprocess.Popen[str]") -> None:
     names = [f"n{number}" for number in range(40)]
     started = [laptop.start(*CLIENT, "create", name, "--kind", "veth") for name in names]

@@ -12,7 +12,7 @@ from tests.unit.test_plan import KINDS, lease_of
 from vmnet.dnsmasq.files import Where, amend_tables, render_settings, render_tables, tables_of
 from vmnet.dnsmasq.held import holders, with_holders
 from vmnet.dnsmasq.keeper import Keeper
-from vmnet.dnsmasq.processes import follows_folders
+from vmnet.dnsmasq.processes import TELLS_OF_NAMES, follows_folders
 from vmnet.model import Block, Lease
 from vmnet.ondisk import replace as replace_file
 from vmnet.plan import Plane
@@ -106,6 +106,23 @@ def test_only_an_older_dnsmasq_is_told_of_names(version: str, tmp_path: Path, mo
     assert (keeper._stamps("native") != before) == (version == "2.87")
     replace_file(tmp_path / "resolv.conf", "nameserver 192.0.2.1\n")
     assert keeper._stamps("native") != before
+
+
+@pytest.mark.parametrize(("version", "fitted"), [("2.87", False), ("2.90", True), ("2.90", False)])
+def test_names_are_told_where_somebody_would_not_hear_of_them(
+    version: str, fitted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vmnet.dnsmasq.keeper._version_of_dnsmasq", lambda: f"Dnsmasq version {version}  Copyright")
+    monkeypatch.setattr("vmnet.dnsmasq.keeper._FITTED", tmp_path / "fitted")
+    keeper = Keeper(tmp_path, tmp_path / "leases", tmp_path / "resolv.conf")
+    replace_file(tmp_path / TELLS_OF_NAMES, "")  # of a keeper before
+    keeper._stamps("native")
+    keeper._ask_for_word()
+    assert (tmp_path / TELLS_OF_NAMES).exists() == (version == "2.87")
+    if fitted:
+        replace_file(tmp_path / "fitted", "")
+        keeper._ask_for_word()
+    assert (tmp_path / TELLS_OF_NAMES).exists() == (version == "2.87" or fitted)
 
 
 def test_settings_have_no_gap_and_each_mtu_once() -> None:

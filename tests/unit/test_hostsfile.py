@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from netaddr import IPAddress
 
 from vmnet import hostsfile
-from vmnet.hostsfile import Changes, HostsFile, HostsFileUnwritable, amend, names_in, render
+from vmnet.hostsfile import Change, Changes, HostsFile, HostsFileUnwritable, amend, names_in, render
 from vmnet.model import POOL_BLOCKS, Block, UsageError, block_of
 
 BEGIN, END = b"# BEGIN vmnet\n", b"# END vmnet\n"
@@ -307,6 +307,27 @@ def test_update_writes_names_and_takes_them_away(hosts: Path) -> None:
     assert file.difference({}) is not None
     file.update({})
     assert hosts.read_bytes() == DEBIAN
+    assert os.listdir(hosts.parent) == ["hosts"]
+
+
+@pytest.mark.parametrize("likely", [False, True])
+def test_what_is_not_permitted_is_not_done(hosts: Path, likely: bool) -> None:
+    file = HostsFile(hosts)
+    asked: list[Change] = []
+
+    def permits(change: Change) -> bool:
+        asked.append(change)
+        return len(asked) > 1
+
+    change = {"127.1.0.2": "web.vmnet.internal"}
+    names = {"web.vmnet.internal": "127.1.0.2"}
+    assert file.update(names, permits, likely=likely) is None
+    assert hosts.read_bytes() == DEBIAN
+    assert os.listdir(hosts.parent) == ["hosts"]
+    assert file.update(names, permits, likely=likely) == change
+    assert names_in(file.read()) == names
+    assert file.update(names, permits, likely=likely) is None
+    assert asked == [change, change]
     assert os.listdir(hosts.parent) == ["hosts"]
 
 

@@ -11,6 +11,7 @@ import signal
 import sqlite3
 import stat
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -47,6 +48,14 @@ T = TypeVar("T")
 NOBODY = 65534
 NOW = "2026-11-21T09:00:00Z"
 WHOLE = Pool()
+ADDING = """import sys
+from pathlib import Path
+from vmnet.ipam import Pool
+from vmnet.store import LeaseRequest, Store
+request = LeaseRequest(sys.argv[2], "tap", "mapped", None, 1500, 0, 1, None, None)
+with Store.open(Path(sys.argv[1]), write=True) as store:
+    store.allocate([request], pool=Pool(), created="2026-11-21T09:00:00Z")
+"""
 SMALL = Pool.parse(["127.1.0.0/28"])  # blocks 0 to 3
 
 
@@ -904,6 +913,40 @@ def test_any_damage_ends_in_an_error_for_people(state: Path, request: pytest.Fix
             ):
                 with contextlib.suppress(VmnetError):
                     change()
+
+
+def test_what_is_kept_is_used_once_and_sees_what_others_wrote(state: Path) -> None:
+    kept = Store.open(state, write=True)
+    connection = kept._db
+    kept.keep()
+    kept.close()
+    subprocess.run([sys.executable, "-c", ADDING, state, "other"], check=True)
+    with Store.open(state, write=True) as store, Store.open(state, write=True) as another:
+        assert store._db is connection
+        assert another._db is not connection
+        [lease] = store.allocate([ask("web")], pool=WHOLE, created=NOW)
+        assert lease.block == Block(1)
+        assert [one.name for one in another.leases()] == ["other", "web"]
+    with Store.open(state, write=True) as store:
+        assert store._db is not connection
+
+
+@pytest.mark.parametrize("fate", ["replaced", "gone", "elsewhere"])
+def test_what_is_kept_is_not_used_for_another_file(state: Path, tmp_path: Path, fate: str) -> None:
+    with Store.open(state, write=True) as store:
+        store.allocate([ask("before")], pool=WHOLE, created=NOW)
+        backup = shutil.copy(state / "vmnet.db", tmp_path / "backup")
+        store.allocate([ask("web")], pool=WHOLE, created=NOW)
+        store.keep()
+    if fate == "replaced":
+        os.replace(backup, state / "vmnet.db")
+    elif fate == "gone":
+        (state / "vmnet.db").unlink()
+    place = tmp_path / "other" if fate == "elsewhere" else state
+    with Store.open(place, write=True) as store:
+        store.allocate([ask("new")], pool=WHOLE, created=NOW)
+    with Store.open(place, write=False) as store:
+        assert [one.name for one in store.leases()] == (["before", "new"] if fate == "replaced" else ["new"])
 
 
 def test_a_state_folder_may_have_any_name(place: Path) -> None:
