@@ -19,10 +19,13 @@ from vmnet.store import LeaseRequest, Store
 _T = TypeVar("_T", bound=Method)
 _HERE = Path(__file__).resolve().parent
 _BLOCKS = 100_000
-_TELLING = """import atexit, runpy, sys
+_TELLING = """import sys
+from vmnet.cli import main
 report = sys.argv.pop(1)
-atexit.register(lambda: print(*sys.modules, file=open(report, "w")))
-runpy.run_module("vmnet", run_name="__main__")"""
+try:
+    main()
+finally:
+    print(*sys.modules, file=open(report, "w"))"""
 _TRIVIAL = "app = typer.Typer()\n@app.command()\ndef create(names: list[str]) -> None: ...\napp(['web'])"
 
 
@@ -198,7 +201,7 @@ def needed_imports(vmnet: Vmnet) -> list[str]:
     vmnet.laptop.run(Command(argv, environment=vmnet.environment))
     vmnet.delete(["f1"])
     vmnet.laptop.drop_netns("f1")
-    return [name for name in report.read_text().split() if name.partition(".")[0] not in ("vmnet", "__main__", "runpy")]
+    return [name for name in report.read_text().split() if name.partition(".")[0] not in ("vmnet", "__main__")]
 
 
 def veths(bench: Bench) -> list[Table]:
