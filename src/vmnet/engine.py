@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cache, partial
 from itertools import count
 from typing import NamedTuple, NoReturn
 
@@ -350,9 +351,11 @@ class Engine:
         with self._locks.guests(block.number for block in blocks):
             recorded = [store.lease(lease.name) for lease in leases]
             leases = [lease for lease in recorded if lease and lease.wish == "deleting"]
-            problems = self._guests.take_down(leases, keep_netns=False)
+            # What is wished deleted has no name any more; it is taken away while the kernel takes away the devices.
+            take_names_away = cache(partial(self._names.write, store, blocks))
+            problems = self._guests.take_down(leases, keep_netns=False, meanwhile=take_names_away)
+            take_names_away()
             store.release([lease.name for lease in leases if lease.name not in problems], freed=time.time())
-        self._names.write(store, blocks)
         if problems:
             raise next(iter(problems.values()))
 

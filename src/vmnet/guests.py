@@ -145,8 +145,13 @@ class Guests:
         if learnt:
             store.set_netns(learnt)
 
-    def take_down(self, leases: Sequence[Lease], *, keep_netns: bool) -> dict[str, VmnetError]:
-        """Take guests out of the kernel; return what went wrong, by name."""
+    def take_down(
+        self, leases: Sequence[Lease], *, keep_netns: bool, meanwhile: Callable[[], None] | None = None
+    ) -> dict[str, VmnetError]:
+        """Take guests out of the kernel; return what went wrong, by name.
+
+        `meanwhile` is called where the kernel is waited for, if it is, as often as that is so.
+        """
         problems: dict[str, VmnetError] = {}
         for chunk in chunks(leases, size=_REMOVAL_CHUNK):
             left = list(chunk)
@@ -159,7 +164,7 @@ class Guests:
                 ]
                 if not plans:
                     break
-                for refusal in apply(self.platform, self.report, [ops for _, ops in plans]):
+                for refusal in apply(self.platform, self.report, [ops for _, ops in plans], meanwhile):
                     problems[plans[refusal.number][0].name] = refusal.error
                 left = [lease for lease, _ in plans if lease.name not in problems]
             else:
@@ -169,10 +174,15 @@ class Guests:
         return problems
 
 
-def apply(platform: Platform, report: Report, lists: Sequence[Sequence[Op]]) -> Sequence[Refusal]:
+def apply(
+    platform: Platform,
+    report: Report,
+    lists: Sequence[Sequence[Op]],
+    meanwhile: Callable[[], None] | None = None,
+) -> Sequence[Refusal]:
     """Carry out lists of ops that do not depend on each other, and tell of it; return what was refused."""
     report.begin(sum(len(ops) for ops in lists))
-    return platform.apply(lists, report.did)
+    return platform.apply(lists, report.did, meanwhile)
 
 
 def apply_all(platform: Platform, report: Report, ops: Sequence[Op]) -> None:

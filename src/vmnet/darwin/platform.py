@@ -86,8 +86,14 @@ class DarwinPlatform:
         """Return the ops that take away every alias that could be a guest's: alone in its subnet, third of a block."""
         return [DelAlias(_LO, _as_held(one).value) for one in _addresses() if _could_be_a_guests(one)]
 
-    def apply(self, lists: Sequence[Sequence[Op]], done: Callable[[Op], None]) -> list[Refusal]:
-        """Carry out lists of ops and return what was refused; the rest of such a list is left undone."""
+    def apply(
+        self, lists: Sequence[Sequence[Op]], done: Callable[[Op], None], meanwhile: Callable[[], None] | None = None
+    ) -> list[Refusal]:
+        """Carry out lists of ops and return what was refused; the rest of such a list is left undone.
+
+        Nothing is waited for, so nothing is done `meanwhile`.
+        """
+        del meanwhile
         refusals = []
         for number, ops in enumerate(lists):
             for op in ops:

@@ -126,16 +126,28 @@ _Direct: TypeAlias = (
 )  # fmt: skip
 
 
-def apply(places: Places, lists: Sequence[Sequence[Op]], done: Callable[[Op], None]) -> list[Refusal]:
-    """Carry out `lists` of ops and return what was refused; the rest of such a list is left undone."""
-    return _Run(places, lists, done).run()
+def apply(
+    places: Places, lists: Sequence[Sequence[Op]], done: Callable[[Op], None], meanwhile: Callable[[], None]
+) -> list[Refusal]:
+    """Carry out `lists` of ops and return what was refused; the rest of such a list is left undone.
+
+    `meanwhile` is called while the kernel deletes devices, which takes it a millisecond.
+    """
+    return _Run(places, lists, done, meanwhile).run()
 
 
 class _Run:
-    def __init__(self, places: Places, lists: Sequence[Sequence[Op]], done: Callable[[Op], None]) -> None:
+    def __init__(
+        self,
+        places: Places,
+        lists: Sequence[Sequence[Op]],
+        done: Callable[[Op], None],
+        meanwhile: Callable[[], None],
+    ) -> None:
         self._places = places
         self._left = [deque(ops) for ops in lists]
         self._done = done
+        self._meanwhile = meanwhile
         self._tuns: dict[str, int] = {}
         self._refusals: list[Refusal] = []
 
@@ -336,6 +348,7 @@ class _Run:
             thread.start()
         except RuntimeError:  # no more threads are to be had (pids.max of a cgroup)
             delete()
+        self._meanwhile()
         while thread.is_alive() and self._places.host.get(Message(RTM_GETLINK, 0, wire.link_query(index=index))):
             thread.join(_GLANCES)
         return failures

@@ -131,9 +131,14 @@ class LinuxPlatform:
         """Return nothing: all that is ours bears our marks."""
         return []
 
-    def apply(self, lists: Sequence[Sequence[Op]], done: Callable[[Op], None]) -> list[Refusal]:
-        """Carry out lists of ops that do not depend on each other; return what was refused."""
-        return apply(self._places, lists, done)
+    def apply(
+        self, lists: Sequence[Sequence[Op]], done: Callable[[Op], None], meanwhile: Callable[[], None] | None = None
+    ) -> list[Refusal]:
+        """Carry out lists of ops that do not depend on each other; return what was refused.
+
+        `meanwhile` is called while the kernel deletes devices.
+        """
+        return apply(self._places, lists, done, meanwhile or (lambda: None))
 
     def listen(self, file: Path | None, wakeup: int) -> EventSource:
         """Return what hears of changes, to `file` too; see events.Events."""
