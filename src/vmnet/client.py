@@ -76,7 +76,9 @@ def _do_here() -> None:
     try:
         command_line()
     except SystemExit as end:
-        posix._exit(end.code if isinstance(end.code, int) else 0)
+        if not isinstance(end.code, int):
+            raise  # with words, which Python itself says
+        posix._exit(end.code)
 
 
 def _have_done(words: list[str]) -> int | None:

@@ -629,7 +629,14 @@ def _name_of(command: CommandInfo) -> str:
 
 
 def main() -> None:
-    """Run the command line and exit."""
+    """Run the command line and exit, with nothing left to be written."""
+    try:
+        sys.exit(_exit_code())
+    finally:
+        _flush()
+
+
+def _exit_code() -> int:
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may be spelled in what this locale cannot write
     try:
@@ -646,8 +653,7 @@ def main() -> None:
         code = _say_error(KernelRefused.exit_code, f"{name}{error.strerror or error}", "")
     if code == _INTERRUPTED:
         _say_error(code, "interrupted", "vmnet up finishes what was begun")
-    _flush()
-    sys.exit(code if isinstance(code, int) else 0)
+    return code if isinstance(code, int) else 0
 
 
 def _say_error(code: int, message: str, hint: str) -> int:
