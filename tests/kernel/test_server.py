@@ -353,6 +353,17 @@ def test_forks_that_are_done_are_few_and_end_when_nobody_asks(laptop: Laptop, se
     assert is_served(laptop)
 
 
+def test_told_to_stop_it_lets_those_end_that_are_done(laptop: Laptop, server: "subprocess.Popen[str]") -> None:
+    pid = pid_of_server(laptop)
+    for number in range(4):
+        laptop.vmnet("create", f"web{number}", "--kind", "veth")
+    os.kill(pid, signal.SIGTERM)
+    began = time.monotonic()
+    assert server.wait(10) == 0
+    assert time.monotonic() - began < 5
+    assert wait_until(lambda: not processes(laptop), 5)
+
+
 def test_many_commands_at_once_are_all_done(laptop: Laptop, server: "subprocess.Popen[str]") -> None:
     names = [f"n{number}" for number in range(40)]
     started = [laptop.start(*CLIENT, "create", name, "--kind", "veth") for name in names]

@@ -106,7 +106,7 @@ class Server:
             self._have_spares(_SPARES)
             self.service.ready()
             self.service.log("serving", version=__version__, socket=str(self.paths.run))
-            while not (self._stop and not self._forks()):
+            while not (self._stop and not self._unfinished()):
                 self._turn()
             self.service.log("stopped")
 
@@ -126,6 +126,11 @@ class Server:
         """Return whose work is waited for; what was killed for taking too long may be stuck in the kernel for ever."""
         return [one for one in self._clients if one.fork and not one.abandoned]
 
+    def _unfinished(self) -> set[Spare]:
+        """Return the forks that work, or whose last word to a client may not be said yet."""
+        stuck = {one.fork for one in self._clients if one.abandoned}
+        return self._unended.difference(self._spares, stuck)
+
     def _turn(self) -> None:
         if self._stop and self._listener.fileno() in self._selector.get_map():
             self._selector.unregister(self._listener)
@@ -144,7 +149,7 @@ class Server:
         if not self._forks():  # to make some while others work would slow those down
             quiet = time.monotonic() - self._worked
             if quiet >= _SOON:
-                self._dismiss(0 if quiet >= _CALM else _MOST_LEAVING)
+                self._dismiss(0 if quiet >= _CALM or self._stop or self._code.due is not None else _MOST_LEAVING)
                 self._have_spares(_SPARES if quiet >= _CALM else 1)
         self.service.alive()
 
@@ -404,13 +409,13 @@ class Server:
     def _start_anew(self) -> None:
         """Become the vmnet that is on the disk once it is all there, and what was begun is done."""
         due, now = self._code.due, time.monotonic()
-        if due is None or now < due or self._forks() or self._code.is_fresh(now) or self._code.due != due:
+        if due is None or now < due or self._unfinished() or self._code.is_fresh(now) or self._code.due != due:
             return
         self.service.log("starting anew", reason="vmnet has changed on disk")
-        for fork in self._unended:
-            signal.pidfd_send_signal(fork.ended, signal.SIGKILL)
-            os.waitpid(fork.pid, 0)
-            fork.forget()
+        for spare in self._spares:
+            signal.pidfd_send_signal(spare.ended, signal.SIGKILL)
+            os.waitpid(spare.pid, 0)
+            spare.forget()
         if self._passed:
             pass_on(self._listener)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
