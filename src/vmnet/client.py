@@ -13,6 +13,7 @@ import sys
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from _socket import socket
+    from collections.abc import Callable
 
 SOCKET = "server.sock"
 """The server's socket, in the folder of VMNET_RUN_DIR."""
@@ -65,20 +66,25 @@ def _do_here() -> None:
         import site
 
         site.main()
-    if sys.argv[1:2] == ["libvirt-hook"]:
-        from vmnet.libvirt.hook import main as hook
-
-        sys.exit(hook(sys.argv[2:]))
-    from vmnet.cli import main as command_line
-
+    program = _program()
     gc.freeze()
     gc.enable()
     try:
-        command_line()
+        program()
     except SystemExit as end:
         if not isinstance(end.code, int):
             raise  # with words, which Python itself says
         posix._exit(end.code)
+
+
+def _program() -> "Callable[[], None]":
+    if sys.argv[1:2] == ["libvirt-hook"]:
+        from vmnet.libvirt.hook import main as hook
+
+        return lambda: sys.exit(hook(sys.argv[2:]))
+    from vmnet.cli import main as command_line
+
+    return command_line
 
 
 def _have_done(words: list[str]) -> int | None:
