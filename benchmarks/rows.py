@@ -288,6 +288,7 @@ def _grow(bench: Bench, ways: Sequence[Vmnet], kind: str, targets: Sequence[Targ
         _note(create, way.name, way.create(["f1"]))
         _note(delete, way.name, way.delete(["f1"]))
         way.laptop.drop_netns("f1")
+        settle(way.laptop)  # and its server has its forks anew, before another's is asked
 
     bench.each_round([partial(guest, way) for way in ways])
     return [create, delete]

@@ -188,6 +188,13 @@ def test_who_gives_addresses_runs_while_anybody_asks_for_one(laptop: Laptop) -> 
     assert gets(bare(laptop, "web"), A)
 
 
+def test_nobody_is_interrupted_for_them(laptop: Laptop) -> None:
+    laptop.vmnet("create", "web", "--kind", "tap")
+    for name in ("keeper", "dhcp", "mapped", "native"):
+        pid = Path(laptop.env["VMNET_RUN_DIR"], "dns", f"{name}.pid").read_text().split()[0]
+        assert "SCHED_BATCH" in laptop.run("chrt", "--pid", pid)
+
+
 def test_without_a_device_it_waits_for_one_without_a_word(laptop: Laptop) -> None:
     """dnsmasq does not start where there is no device for it."""
     laptop.vmnet("create", "web", "--kind", "tap")
