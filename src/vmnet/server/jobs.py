@@ -71,24 +71,19 @@ def prepare(order: Order, descriptors: Sequence[int]) -> bool:
     return True
 
 
-def become(client: socket.socket, umask: int, main: Callable[[], None], done: Callable[[], None]) -> None:
-    """Run the command line that was prepared as the client's own process would, and tell the client how it ends.
+def become(client: socket.socket, umask: int, main: Callable[[], None]) -> bytes:
+    """Run the command line that was prepared as the client's own process would; return how it ended, for the client.
 
-    Nothing is begun for a client that has gone. `done` comes before the last word to the client.
+    Nothing is begun for a client that has gone: that raises OSError.
     """
-    try:
-        client.send(BEGUN)
-    except OSError:
-        return
+    client.send(BEGUN)
     os.umask(umask)
     _open_streams()
     code = _exit_code(main)
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     for number in range(3):
         os.dup2(null, number)  # who reads what was written sees its end now, not when this process is all taken apart
-    done()
-    with suppress(OSError):
-        client.send(b"%s%d" % (EXITED, code))
+    return b"%s%d" % (EXITED, code)
 
 
 def _open_streams() -> None:
@@ -150,4 +145,3 @@ def answer(client: socket.socket, reply: Callable[[bytes, list[int]], bytes]) ->
         text = reply(question, descriptors) or DIRECT
         for start in range(0, len(text), _CHUNK):
             client.send(text[start : start + _CHUNK])
-    client.close()

@@ -24,7 +24,7 @@ from vmnet.members import group_id
 from vmnet.server.jobs import Order, answer, become, parse_order, prepare
 from vmnet.server.listening import Listener, pass_on, passed_socket
 from vmnet.server.peers import Peer, Standing, has_account, is_member, peer_of, standing_of
-from vmnet.server.spares import LARGEST, Job, Spare, end_with_parent, start_spare
+from vmnet.server.spares import LARGEST, Job, LastWord, Spare, end_with_parent, start_spare
 from vmnet.settings import Paths
 from vmnet.signs import Service
 
@@ -345,7 +345,7 @@ class Server:
             assert order is not None
             self._standing_for(peer_of(ours), order)
 
-    def _do(self, job: Job) -> None:
+    def _do(self, job: Job) -> LastWord:
         """Be the fork: of root's clients all is known, of others the uid."""
         connection, *descriptors = job.descriptors
         client = socket.socket(fileno=connection)
@@ -353,10 +353,10 @@ class Server:
         order = parse_order(job.request)
         if order is None:
             answer(client, lambda question, given: self.work.reply(question, int(job.request), given))
-        elif not prepare(order, descriptors):
-            client.send(DIRECT)
-        else:
-            become(client, int(job.go_on(), 8), self.work.main, job.done)
+            return client.close
+        if not prepare(order, descriptors):
+            return partial(client.send, DIRECT)
+        return partial(client.send, become(client, int(job.go_on(), 8), self.work.main))
 
     def _hear_done(self, client: _Client, fork: Spare) -> None:
         """Take note that a fork has told its client all, and will end; or that it has ended without a word."""

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, TypeAlias
 
 LARGEST = 1 << 18
 """Bytes of the largest message; the kernel lets none through that is larger (net.core.wmem_default, socket(7))."""
@@ -18,16 +18,19 @@ _LONGEST_WORD = 64  # bytes
 _PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 
 
+LastWord: TypeAlias = Callable[[], object]
+"""What lets a client know that its work is done."""
+
+
 class Job(NamedTuple):
     """What a fork is given to do: for root a request, for anybody else nothing but the connection to read it from.
 
-    `go_on` waits for what `let_go_on` says, `done` says that whoever asked waits for nothing but an answer any more.
+    `go_on` waits for what `let_go_on` says.
     """
 
     request: bytes
     descriptors: list[int]
     go_on: Callable[[], bytes]
-    done: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ class Spare:
         os.close(self.ended)
 
 
-def start_spare(rehearse: Callable[[], None], work: Callable[[Job], None]) -> Spare:
+def start_spare(rehearse: Callable[[], None], work: Callable[[Job], LastWord]) -> Spare:
     """Fork, and return the fork, which rehearses, waits for a job, does it and ends; with this process at the latest.
 
     It has no descriptor of this process's but 0, 1 and 2. It says that the job is done, and ends when it is dismissed.
@@ -93,7 +96,7 @@ def end_with_parent(number: signal.Signals) -> None:
 
 
 def _be_a_spare(
-    orders: socket.socket, parent: int, rehearse: Callable[[], None], work: Callable[[Job], None]
+    orders: socket.socket, parent: int, rehearse: Callable[[], None], work: Callable[[Job], LastWord]
 ) -> NoReturn:
     gc.disable()  # to look through what the parent has would copy its pages; what is made here goes with the process
     signal.set_wakeup_fd(-1)
@@ -114,14 +117,11 @@ def _be_a_spare(
     request, descriptors, flags, _ = socket.recv_fds(orders, LARGEST, _MOST_DESCRIPTORS)
     if not (request or descriptors) or flags & socket.MSG_CTRUNC:
         os._exit(0)
-
-    def say_done() -> None:
-        with suppress(OSError):
-            orders.send(_DONE)
-
-    with suppress(SystemExit):
-        work(Job(request, descriptors, lambda: orders.recv(_LONGEST_WORD), say_done))
-    say_done()
+    say_last_word = work(Job(request, descriptors, lambda: orders.recv(_LONGEST_WORD)))
+    with suppress(OSError):
+        orders.send(_DONE)  # first, or the client's end would be heard of before
+    with suppress(OSError):
+        say_last_word()
     with suppress(OSError):
         orders.recv(1)
     os._exit(0)
