@@ -146,7 +146,7 @@ class Guests:
             store.set_netns(learnt)
 
     def take_down(
-        self, leases: Sequence[Lease], *, keep_netns: bool, meanwhile: Callable[[], None] | None = None
+        self, leases: Sequence[Lease], *, keep_netns: bool, meanwhile: Callable[[], None] = lambda: None
     ) -> dict[str, VmnetError]:
         """Take guests out of the kernel; return what went wrong, by name.
 
@@ -178,7 +178,7 @@ def apply(
     platform: Platform,
     report: Report,
     lists: Sequence[Sequence[Op]],
-    meanwhile: Callable[[], None] | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> Sequence[Refusal]:
     """Carry out lists of ops that do not depend on each other, and tell of it; return what was refused."""
     report.begin(sum(len(ops) for ops in lists))

@@ -87,7 +87,7 @@ class DarwinPlatform:
         return [DelAlias(_LO, _as_held(one).value) for one in _addresses() if _could_be_a_guests(one)]
 
     def apply(
-        self, lists: Sequence[Sequence[Op]], done: Callable[[Op], None], meanwhile: Callable[[], None] | None = None
+        self, lists: Sequence[Sequence[Op]], done: Callable[[Op], None], meanwhile: Callable[[], None]
     ) -> list[Refusal]:
         """Carry out lists of ops and return what was refused; the rest of such a list is left undone.
 

@@ -68,7 +68,6 @@ class Keeper:
         self._problems: str | None = None
         self._names: tuple[object, ...] = ()
         self._joined: tuple[object, ...] = ()
-        self._asks: bool | None = None
 
     def keep(self, wakeup: int) -> None:
         """Keep them; `wakeup` becomes readable with each signal."""
@@ -193,13 +192,11 @@ class Keeper:
 
     def _ask_for_word(self) -> None:
         """Have the engine tell of names only where somebody would not hear of them otherwise."""
-        asks = self._follows is False or _FITTED.exists()
-        if asks != self._asks:
-            self._asks = asks
-            if asks:
-                replace(self.folder / TELLS_OF_NAMES, "")
-            else:
-                (self.folder / TELLS_OF_NAMES).unlink(missing_ok=True)
+        asks, file = self._follows is False or _FITTED.exists(), self.folder / TELLS_OF_NAMES
+        if asks and not file.exists():
+            replace(file, "")
+        elif not asks:
+            file.unlink(missing_ok=True)
 
     def _tell(self) -> None:
         """Write down what is wrong, a line for each, for the engine to say; the first time, that all has been tried."""

@@ -132,13 +132,13 @@ class LinuxPlatform:
         return []
 
     def apply(
-        self, lists: Sequence[Sequence[Op]], done: Callable[[Op], None], meanwhile: Callable[[], None] | None = None
+        self, lists: Sequence[Sequence[Op]], done: Callable[[Op], None], meanwhile: Callable[[], None]
     ) -> list[Refusal]:
         """Carry out lists of ops that do not depend on each other; return what was refused.
 
         `meanwhile` is called while the kernel deletes devices.
         """
-        return apply(self._places, lists, done, meanwhile or (lambda: None))
+        return apply(self._places, lists, done, meanwhile)
 
     def listen(self, file: Path | None, wakeup: int) -> EventSource:
         """Return what hears of changes, to `file` too; see events.Events."""
