@@ -593,7 +593,7 @@ class Engine:
     def rehearse(self, *, will_fork: bool) -> bool:
         """Go the ways that making and deleting a guest go, for one that there is not, and change nothing.
 
-        A process that has done so has all that these need in memory, and the records open, unless it `will_fork`.
+        A process that has done so has all that these need in memory; and the records open, unless it `will_fork`.
         Returns whether there may be guests.
         """
         name = "rehearsal"
@@ -610,6 +610,7 @@ class Engine:
             self._names.rehearse(store, [lease.block])
             if not will_fork:
                 store.keep()
+                self.platform.keep()
         request = self._asking.request(GuestSpec(name, kind="veth"))
         with Store.open(self.paths.state / name, write=False) as nothing:  # there are none: all is in memory
             nothing.preview([request], pool=self.settings.pool, created=_now(), limits=self._limits)

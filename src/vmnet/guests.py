@@ -106,8 +106,9 @@ class Guests:
         problems: dict[str, VmnetError] = {}
         shift = 0
         left: list[Lease] = list(leases)
+        made: list[str] = []
         for attempt in range(ATTEMPTS):
-            views = self.platform.observe_guests(left)
+            views = self.platform.observe_guests(left, made=made)
             plans: list[tuple[Lease, list[Op]]] = []
             for lease in left:
                 try:
@@ -126,6 +127,7 @@ class Guests:
                         f"{lease.name} does not stay as it is set: {'; '.join(map(str, ops))}"
                     )
                 return problems
+            made = [lease.name for lease, ops in plans if any(isinstance(op, AddVeth | AddTun) for op in ops)]
             refusals = apply(self.platform, self.report, [ops for _, ops in plans])
             for refusal in refusals:
                 if isinstance(refusal.op, AddVeth | AddTun) and refusal.errno in (errno.EEXIST, errno.EBUSY):

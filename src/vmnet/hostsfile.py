@@ -80,29 +80,39 @@ def render(original: bytes, names: Names, *, made: bool = False) -> bytes:
 
 
 def amend(original: bytes, changes: Changes) -> bytes:
-    """Return `original` with some names changed, or with every name where its block is not as `render` writes it.
+    """Return `original` with some names changed, or with every name where its block is seen not to be as `render`
+    writes it.
 
-    A block that is so is not taken apart: what is done is the same with one guest and with thousands.
+    It looks at a few lines, those that lead to the ones to be changed: with thousands of guests as many as with ten.
     """
-    whole = _plain_block(original)
-    if whole is None:
+    place = _block(original)
+    if place is None:
         return render(original, changes.every())
-    start, end = whole
+    start, end = place
     new = {address: _lines({name: address})[0] if name else b"" for address, name in changes.change.items()}
     by_address = {inet_aton(address): line for address, line in new.items()}
-    lines = put(original[start:end], b"\n", _address_of, by_address)
+    try:
+        lines = put(original[start:end], b"\n", _address_of_ours, by_address)
+    except ValueError:
+        return render(original, changes.every())
     return original[:start] + lines + original[end:] if lines else render(original, {})
 
 
-def _plain_block(content: bytes) -> tuple[int, int] | None:
-    """Return where the lines of the only block start and end, if it is as `render` writes it."""
+def _block(content: bytes) -> tuple[int, int] | None:
+    """Return where the lines of the only block start and end, if its markers are as `render` writes them."""
     if content.count(_BEGIN) != 1 or content.count(_END) != 1:
         return None
     marker = _MARKER.match(content, content.find(_BEGIN))
     if marker is None or marker[0] != _BEGIN + (marker["note"] or b"") + b"\n":
         return None
-    start, end = marker.end(), content.find(_END + b"\n", marker.end())
-    return (start, end) if end > start and _OURS.fullmatch(content, start, end) else None
+    start, end = marker.end(), content.find(b"\n" + _END + b"\n", marker.end()) + 1
+    return (start, end) if end > start else None
+
+
+def _address_of_ours(line: bytes) -> bytes:
+    if not _OURS.fullmatch(line):
+        raise ValueError(f"{line!r} is not a guest's line")
+    return _address_of(line)
 
 
 def _address_of(line: bytes) -> bytes:

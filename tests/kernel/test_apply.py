@@ -204,6 +204,7 @@ def test_records_of_before_are_brought_along(laptop: Laptop, run: Run, write: Wr
     run("create", "old", "--kind", "veth")
     path = Path(laptop.env["VMNET_STATE_DIR"]) / "vmnet.db"
     with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("DROP INDEX lease_mtu")
         db.execute("ALTER TABLE lease DROP COLUMN applied")
         db.execute("PRAGMA user_version = 1")
         db.commit()

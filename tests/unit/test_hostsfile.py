@@ -160,13 +160,24 @@ def test_a_change_of_a_damaged_file_loses_nothing_and_mends_it(
     amended = amend(content, Changes(change, lambda: every))
     assert render(amended, {}) == render(content, {})
     assert amend(amended, Changes(change, lambda: every)) == amended
-    if hostsfile._plain_block(content) is None:
+    if hostsfile._block(content) is None:
         assert amended == render(content, every)
-    elif whole := hostsfile._plain_block(amended):
-        pairs = [line.split("\t") for line in amended[slice(*whole)].decode().splitlines()]
-        assert {name: address for address, name in pairs if address in change} == new
+    elif hostsfile._block(amended):
+        assert {name: address for name, address in names_in(amended).items() if address in change} == new
     else:
         assert (new, names_in(amended)) == ({}, {})
+
+
+def test_a_line_of_others_far_from_the_change_stays_until_all_names_are_written() -> None:
+    held = {f"n{number}.vmnet.internal": str(Block(number).address) for number in range(64)}
+    lines = render(DEBIAN, held).splitlines(keepends=True)
+    printer = b"10.0.0.5\tprinter.example\n"
+    file = b"".join([*lines[:-2], printer, *lines[-2:]])
+    every = {**held, "n0.vmnet.internal": "127.200.0.2"}
+    changed = amend(file, Changes({"127.1.0.2": "new.vmnet.internal"}, lambda: every))
+    assert changed == file.replace(b"n0.vmnet.internal", b"new.vmnet.internal")
+    near = amend(file, Changes({held["n63.vmnet.internal"]: "new.vmnet.internal"}, lambda: held))
+    assert near == render(file, held) == render(DEBIAN, held) + printer
 
 
 def test_a_change_with_a_thousand_guests_looks_at_few_of_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,8 +198,10 @@ def test_on_behalf_of_a_user_nothing_is_recorded_of_anybody_else(state: Path) ->
 OTHER = Netns("/proc/7/ns/net", False, None)
 
 
-@pytest.mark.parametrize("ask", ["wished_up", "leases_up", "mtus_up"])
-def test_who_is_down_is_not_looked_at_for_who_is_up(state: Path, ask: str) -> None:
+@pytest.mark.parametrize(
+    ("ask", "index"), [("wished_up", "lease_up"), ("leases_up", "lease_up"), ("unusual_mtus_up", "lease_mtu")]
+)
+def test_who_is_down_is_not_looked_at_for_who_is_up(state: Path, ask: str, index: str) -> None:
     with Store.open(state, write=True) as store:
         asked: list[str] = []
         assert store._db is not None
@@ -208,7 +210,18 @@ def test_who_is_down_is_not_looked_at_for_who_is_up(state: Path, ask: str) -> No
         store._db.set_trace_callback(None)
         [query] = [one for one in asked if "FROM lease" in one]
         plan = " ".join(row[3] for row in store._db.execute(f"EXPLAIN QUERY PLAN {query}"))
-    assert "lease_up" in plan
+    assert index in plan
+
+
+def test_the_unusual_mtus_are_those_of_guests_that_are_to_be_up(state: Path) -> None:
+    with Store.open(state, write=True) as store:
+        mtus = {"a": 1500, "b": 9000, "c": 1400, "d": 9000, "e": 1300}
+        store.allocate([replace(ask(name), mtu=mtu) for name, mtu in mtus.items()], pool=WHOLE, created=NOW)
+        store.set_wish(["e"], "down")
+        assert store.unusual_mtus_up() == [1400, 9000]
+        store.set_wish(["b", "e"], "up")
+        store.release(["c", "d"], freed=0)
+        assert store.unusual_mtus_up() == [1300, 9000]
 
 
 def test_the_host_is_recorded_once(state: Path) -> None:

@@ -6,7 +6,7 @@ until they are given to lo0.
 
 import errno
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -56,9 +56,11 @@ class DarwinPlatform:
         """Return what stands for the one network that there is."""
         return NetnsId(0, 0, "")
 
-    def observe_guests(self, leases: Sequence[Lease], *, for_removal: bool = False) -> dict[str, GuestView]:
+    def observe_guests(
+        self, leases: Sequence[Lease], *, for_removal: bool = False, made: Collection[str] = ()
+    ) -> dict[str, GuestView]:
         """Return how the address of each lease is there."""
-        del for_removal
+        del for_removal, made
         there: dict[str, set[Address]] = {}
         for one in _addresses() if leases else ():
             there.setdefault(str(one.address), set()).add(_as_held(one))
@@ -145,6 +147,9 @@ class DarwinPlatform:
         """Return nothing: an alias bears no mark, so one without a record is somebody else's."""
         del names
         return []
+
+    def keep(self) -> None:
+        """Keep nothing: all of it is seen at once."""
 
     def close_places(self) -> None:
         """Close nothing."""

@@ -126,7 +126,7 @@ class Answers:
 
     def _look(self, store: Store, blocks: Collection[Block] | None) -> tuple[dict[str, str], dict[str, str]]:
         """Return what files hold and what they are to hold: all of them, or those that say anything of `blocks`."""
-        settings = self._settings(store.mtus_up())
+        settings = self._settings(store.unusual_mtus_up())
         held = self._read(settings)
         if blocks is not None and held == settings:  # with other settings, lines of other guests may be others, too
             held = self._read(tables_of(blocks, self.settings.plane))

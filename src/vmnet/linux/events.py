@@ -19,11 +19,13 @@ from typing import Self
 from vmnet.aliases import address_of
 from vmnet.linux import wire
 from vmnet.linux.netlink import (
+    ADD_MEMBERSHIP,
     NETLINK_NETFILTER,
     NETLINK_ROUTE,
     RTM_DELADDR,
     RTM_GETLINK,
     RTM_NEWLINK,
+    SOL_NETLINK,
     Netlink,
     parse_attrs,
 )
@@ -36,7 +38,7 @@ from vmnet.platform import Heard
 # include/uapi/linux/rtnetlink.h: links, neighbours, tc, IPv4 addresses, IPv4 routes, IPv4 sysctls, namespaces
 _ROUTE_GROUPS = (1, 3, 4, 5, 7, 24, 28)
 _NFTABLES_GROUPS = (7,)  # include/uapi/linux/netfilter/nfnetlink.h
-_SOL_NETLINK, _ADD_MEMBERSHIP, _LISTEN_ALL_NSID = 270, 1, 8
+_LISTEN_ALL_NSID = 8
 _SO_RCVBUFFORCE = 33
 _BUFFER = 4 << 20
 _RECEIVE_SIZE = 64 * 1024
@@ -96,7 +98,7 @@ class Events:
         route = self._listen(NETLINK_ROUTE, _ROUTE_GROUPS)
         # Of guests' namespaces too, where the kernel lets us (CAP_NET_BROADCAST).
         with suppress(PermissionError):
-            route.setsockopt(_SOL_NETLINK, _LISTEN_ALL_NSID, 1)
+            route.setsockopt(SOL_NETLINK, _LISTEN_ALL_NSID, 1)
         self._add(route.fileno(), lambda: self._drain(route, self._read_route), route.close)
         rules = self._listen(NETLINK_NETFILTER, _NFTABLES_GROUPS)
         self._add(rules.fileno(), lambda: self._drain(rules, self._read_rules), rules.close)
@@ -116,7 +118,7 @@ class Events:
             listener.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
         for group in groups:
             with suppress(OSError):  # a kernel without it
-                listener.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, group)
+                listener.setsockopt(SOL_NETLINK, ADD_MEMBERSHIP, group)
         return listener
 
     def _add(self, fd: int, read: Callable[[], None], close: Callable[[], None]) -> None:
@@ -203,7 +205,7 @@ class Events:
                     raise
                 self._heard = self._heard._replace(lost=True)
                 continue
-            numbers = [data for level, kind, data in ancillary if (level, kind) == (_SOL_NETLINK, _LISTEN_ALL_NSID)]
+            numbers = [data for level, kind, data in ancillary if (level, kind) == (SOL_NETLINK, _LISTEN_ALL_NSID)]
             netns = struct.unpack("=i", numbers[0])[0] if numbers else None
             read(bytes(self._buffer[:size]), netns)
 

@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import TypeAlias
 
 from vmnet.linux import iptables, nft, wire
+from vmnet.linux.hostroutes import host_routes
 from vmnet.linux.netlink import (
     NETLINK_NETFILTER,
     RTM_GETADDR,
@@ -22,7 +23,7 @@ from vmnet.linux.netlink import (
     Netlink,
     u32,
 )
-from vmnet.linux.observe import host_routes, leads_out, sysctl
+from vmnet.linux.observe import leads_out, sysctl
 from vmnet.linux.places import NAMED, Places
 from vmnet.model import LIBVIRT_BRIDGE, Lease
 from vmnet.ops import ROUTE_PROTOCOL

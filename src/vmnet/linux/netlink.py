@@ -30,7 +30,8 @@ RTM_GETNSID = 90
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _NLM_F_ACK_TLVS, _NLM_F_CAPPED = 0x200, 0x100
 _NLMSGERR_ATTR_MSG = 1
-_SOL_NETLINK, _NETLINK_CAP_ACK, _NETLINK_EXT_ACK, _NETLINK_GET_STRICT_CHK = 270, 10, 11, 12
+SOL_NETLINK, ADD_MEMBERSHIP = 270, 1
+_NETLINK_CAP_ACK, _NETLINK_EXT_ACK, _NETLINK_GET_STRICT_CHK = 10, 11, 12
 _SO_RCVBUFFORCE, _SO_NETNS_COOKIE = 33, 71  # include/uapi/asm-generic/socket.h
 _NESTED = 0x8000
 _SEND_LIMIT = 64 * 1024
@@ -113,7 +114,7 @@ class Netlink:
     def __init__(self, protocol: int = NETLINK_ROUTE) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
         for option in (_NETLINK_CAP_ACK, _NETLINK_EXT_ACK, _NETLINK_GET_STRICT_CHK):
-            self._socket.setsockopt(_SOL_NETLINK, option, 1)
+            self._socket.setsockopt(SOL_NETLINK, option, 1)
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 4 << 20)
         except PermissionError:

@@ -2,14 +2,16 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from socket import inet_aton
 
 from vmnet.aliases import address_of
 from vmnet.firewalls import Bridge, Chain
 from vmnet.linux import wire
+from vmnet.linux.hostroutes import host_routes
 from vmnet.linux.netlink import (
     RTM_GETADDR,
     RTM_GETLINK,
@@ -23,8 +25,8 @@ from vmnet.linux.netlink import (
     u32,
 )
 from vmnet.linux.places import NAMED, Places, identify, is_stub
-from vmnet.model import LIBVIRT_BRIDGE, Lease, NetnsId
-from vmnet.ops import ROUTE_PROTOCOL, TABLE_MAIN, Address, LoAddress, Route
+from vmnet.model import LIBVIRT_BRIDGE, KernelRefused, Lease, NetnsId
+from vmnet.ops import ROUTE_PROTOCOL, TABLE_LOCAL, TABLE_MAIN, Address, LoAddress, Route
 from vmnet.plan import (
     ALIAS_PREFIX,
     DEFAULT_ROUTE,
@@ -35,6 +37,7 @@ from vmnet.plan import (
     Inside,
     Link,
     Side,
+    dotted,
     link_index,
 )
 
@@ -93,27 +96,64 @@ def all_links(netlink: Netlink) -> list[Link]:
 
 
 class _Tables:
-    """Addresses, routes of ours and permanent neighbours, by index of their device."""
+    """Addresses, routes of ours and permanent neighbours, by index of their device; `made` has those just made."""
 
-    def __init__(self, netlink: Netlink, links: Sequence[Link]) -> None:
+    def __init__(self, netlink: Netlink, links: Sequence[Link], made: Mapping[int, Lease]) -> None:
         self.addresses: dict[int, list[LoAddress]] = defaultdict(list)
         self.routes: dict[int, set[Route]] = defaultdict(set)
         self.neighbours: dict[int, set[tuple[str, str]]] = defaultdict(set)
-        names = {link.index: link.name for link in links}
-        for index in [0] if len(links) > _MANY else names:
-            self._read(netlink, index, names)
+        self._netlink = netlink
+        self._names = {link.index: link.name for link in links}
+        for index in [0] if len(links) > _MANY else self._names:
+            self._read_addresses(index)
+            if not (index in made and self._ask(index, made[index])):
+                self._read(index)
 
-    def _read(self, netlink: Netlink, only: int, names: dict[int, str]) -> None:
-        for body in netlink.dump(RTM_GETADDR, wire.address_query(only)):
+    def _read_addresses(self, only: int) -> None:
+        for body in self._netlink.dump(RTM_GETADDR, wire.address_query(only)):
             index, address = wire.parse_address(body)
             self.addresses[index].append(address)
-        for body in netlink.dump(RTM_GETROUTE, wire.route_query(ROUTE_PROTOCOL, index=only)):
-            _, index, route = wire.parse_route(body, names)
+
+    def _read(self, only: int) -> None:
+        for body in self._netlink.dump(RTM_GETROUTE, wire.route_query(ROUTE_PROTOCOL, index=only)):
+            _, index, route = wire.parse_route(body, self._names)
             self.routes[index].add(route)
-        for body in netlink.dump(RTM_GETNEIGH, wire.neighbour_query(only)):
-            index, neighbour = wire.parse_neighbour(body)
-            if neighbour:
-                self.neighbours[index].add(neighbour)
+        for body in self._netlink.dump(RTM_GETNEIGH, wire.neighbour_query(only)):
+            self._note_neighbour(body)
+
+    def _note_neighbour(self, body: bytes) -> None:
+        index, neighbour = wire.parse_neighbour(body)
+        if neighbour:
+            self.neighbours[index].add(neighbour)
+
+    def _ask(self, index: int, lease: Lease) -> bool:
+        """Ask for the routes and neighbours that a guest has; False where not all of these routes are there.
+
+        On a device just made there are no others. For a dump the kernel walks those of all guests. The table of a
+        route is the one thing that the answer does not tell: where no rules are but the kernel's own, it looks ways up
+        in local and main at once (fib_lookup, include/net/ip_fib.h). Ours over a device of the host are all in local.
+        """
+        first = lease.block.first
+        guest = [dotted(first + 2), *(dotted(_number(one.value) + 1) for one in self.addresses[index])]
+        ways = [Message(RTM_GETROUTE, 0, wire.route_question(one)) for one in (dotted(first), *guest)]
+        neighbours = [Message(RTM_GETNEIGH, 0, wire.neighbour_question(index, one)) for one in guest]
+        try:
+            answers = self._netlink.get_each(ways + neighbours)
+        except KernelRefused:  # the fence stands in the place of a route, or somebody's rules come first
+            return False
+        found = [wire.parse_route(body, self._names) for body in answers[: len(ways)] if body]
+        routes = [route for protocol, on, route in found if (protocol, on) == (ROUTE_PROTOCOL, index)]
+        if len(routes) < len(ways):
+            return False
+        self.routes[index] = {route._replace(table=TABLE_LOCAL) for route in routes}
+        for body in answers[len(ways) :]:
+            if body:
+                self._note_neighbour(body)
+        return True
+
+
+def _number(address: str) -> int:
+    return int.from_bytes(inet_aton(address.partition("/")[0]), "big")
 
 
 def _filters(netlink: Netlink, index: int) -> dict[str, Filter]:
@@ -129,11 +169,13 @@ def _filters(netlink: Netlink, index: int) -> dict[str, Filter]:
     return found
 
 
-def observe_guests(places: Places, leases: Sequence[Lease], *, for_removal: bool = False) -> dict[str, GuestView]:
+def observe_guests(
+    places: Places, leases: Sequence[Lease], *, for_removal: bool = False, made: Collection[str] = ()
+) -> dict[str, GuestView]:
     """Return what the kernel shows of each lease's guest, by name.
 
     `for_removal` looks at what does not go by itself: the device, whose the namespace is, and inside of one that
-    vmnet did not make.
+    vmnet did not make. `made` are the names of guests whose devices this process has made just now.
     """
     aliases = [lease for lease in leases if lease.kind == "alias"]
     views = _aliases(places.host, aliases) if aliases else {}
@@ -144,7 +186,8 @@ def observe_guests(places: Places, leases: Sequence[Lease], *, for_removal: bool
     offered = {} if for_removal else _offered(netlink, leases, by_name)
     by_name |= offered
     links = [by_name[lease.device] for lease in leases if lease.device in by_name]
-    tables = _Tables(netlink, links) if links and not for_removal else None
+    new = {link.index: lease for lease in leases if lease.name in made and (link := by_name.get(lease.device))}
+    tables = _Tables(netlink, links, new) if links and not for_removal else None
     for lease in leases:
         link = by_name.get(lease.device)
         side = Side(link)
@@ -230,13 +273,6 @@ def observe_inside(netlink: Netlink) -> Inside:
     return Inside(
         side, tuple(addresses[_LO]), bool(lo and lo.up), frozenset(ours[_LO]), has_default, lo.alias if lo else ""
     )
-
-
-def host_routes(netlink: Netlink) -> Iterator[bytes]:
-    """Yield the routes of the host part, as the kernel spells them."""
-    # Two narrow dumps: the routes of guests, which may be thousands, are of neither kind.
-    yield from netlink.dump(RTM_GETROUTE, wire.route_query(ROUTE_PROTOCOL, index=_LO))
-    yield from netlink.dump(RTM_GETROUTE, wire.route_query(ROUTE_PROTOCOL, kind=wire.RTN_UNREACHABLE))
 
 
 def observe_host(netlink: Netlink, listing: str | None, chains: tuple[Chain, ...] = ()) -> HostView:

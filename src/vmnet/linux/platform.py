@@ -1,7 +1,7 @@
 """What the engine sees of Linux: one object that observes, applies, and knows namespaces."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self
@@ -10,6 +10,7 @@ from netaddr import IPNetwork
 
 from vmnet.linux import enter, nft, observe
 from vmnet.linux.apply import apply
+from vmnet.linux.hostroutes import keep_host_routes
 from vmnet.linux.places import NAMED, Places, boot_id, identify, owned_from_here
 from vmnet.linux.ruleset import Ruleset
 from vmnet.model import Lease, NetnsId, NotPermitted
@@ -62,9 +63,11 @@ class LinuxPlatform:
         """Return where a named network namespace is to be found."""
         return str(NAMED / name)
 
-    def observe_guests(self, leases: Sequence[Lease], *, for_removal: bool = False) -> dict[str, GuestView]:
+    def observe_guests(
+        self, leases: Sequence[Lease], *, for_removal: bool = False, made: Collection[str] = ()
+    ) -> dict[str, GuestView]:
         """Return what the kernel shows of each lease's guest; see observe.observe_guests."""
-        return observe.observe_guests(self._places, leases, for_removal=for_removal)
+        return observe.observe_guests(self._places, leases, for_removal=for_removal, made=made)
 
     def glance(self, leases: Sequence[Lease], insides: Sequence[Lease]) -> Glance:
         """Return digests of the host part, of guests, and of the namespaces of some of them; see glance.glance."""
@@ -145,6 +148,10 @@ class LinuxPlatform:
         from vmnet.linux.events import Events
 
         return Events(self._places.host, file, wakeup)
+
+    def keep(self) -> None:
+        """Keep what takes long to see, and changes seldom, for the next platform of this process; it must not fork."""
+        keep_host_routes(self._places.host)
 
     def close_places(self) -> None:
         """Close what is open of guests' namespaces."""

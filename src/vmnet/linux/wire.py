@@ -12,6 +12,8 @@ from vmnet.ops import ROUTE_PROTOCOL, Address, LoAddress, Route
 from vmnet.plan import Filter, Link
 
 IFF_UP, IFF_MULTICAST = 0x1, 0x1000
+RTN_UNICAST: Final = 1
+RTN_LOCAL: Final = 2
 RTN_UNREACHABLE: Final = 7
 
 _LINK = struct.Struct("=BxHiII")
@@ -44,6 +46,7 @@ _ROUTE_TYPES = {
 _ROUTE_TYPE_NAMES = {number: name for name, number in _ROUTE_TYPES.items()}
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC, _RTA_TABLE = 1, 4, 5, 6, 7, 15
 _RTNH_F_ONLINK = 4
+_RTM_F_FIB_MATCH = 0x2000
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_CACHEINFO, _IFA_FLAGS = 1, 2, 6, 8
 _IFA_F_SECONDARY, _IFA_F_PERMANENT = 0x01, 0x80
 _NDA_DST, _NDA_LLADDR, _NDA_IFINDEX = 1, 2, 8
@@ -273,6 +276,12 @@ def route_query(protocol: int = 0, kind: int = 0, index: int = 0) -> bytes:
     return body + u32(_RTA_OIF, index) if index else body
 
 
+def route_question(destination: str) -> bytes:
+    """Return the body of a question which route the host takes to an address: that itself, not what comes of it."""
+    header = _ROUTE.pack(socket.AF_INET, 32, 0, 0, 0, 0, 0, 0, _RTM_F_FIB_MATCH)
+    return header + attr(_RTA_DST, socket.inet_aton(destination))
+
+
 def is_ours_or_default(body: bytes) -> bool:
     """Say whether a route is of our protocol or leads everywhere, by its header alone."""
     _, length, _, _, _, protocol, _, _, _ = _ROUTE.unpack_from(body)
@@ -312,6 +321,11 @@ def neighbour_query(index: int = 0) -> bytes:
     """Return the body of a dump of IPv4 neighbours, of one device or all."""
     body = _NEIGHBOUR.pack(socket.AF_INET, 0, 0, 0, 0, 0)
     return body + u32(_NDA_IFINDEX, index) if index else body
+
+
+def neighbour_question(index: int, ip: str) -> bytes:
+    """Return the body of a question for one neighbour."""
+    return _NEIGHBOUR.pack(socket.AF_INET, 0, index, 0, 0, 0) + attr(_NDA_DST, socket.inet_aton(ip))
 
 
 def parse_neighbour(body: bytes) -> tuple[int, tuple[str, str] | None]:
