@@ -213,7 +213,7 @@ class HostPart:
             kind = one.reason.partition(":")[0]
             spans[kind if kind in spans else "local"] += _cidrs(one.first, one.last)
         pool = self.settings.pool
-        kept = kept_local(pool.networks, pool.reserved, spans["local"])
+        kept = kept_local(pool.networks, pool.reserved, tuple(spans["local"]))
         # A guest keeps its address, also where the settings have taken it out of the pool since.
         guests = store.wished_up() if pool != Pool() else []
         displaced = [block.network for _, block in guests if not holds(pool.extents, block.number)]

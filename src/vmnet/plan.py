@@ -6,6 +6,7 @@ is a list of ops in the order in which they must run. A second plan, made after 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import TypeAlias
 
 from netaddr import IPNetwork, IPSet
@@ -632,11 +633,14 @@ class HostWish:
     libvirt: bool = False
 
 
-def kept_local(pool: Iterable[IPNetwork], reserved: Iterable[IPNetwork], used: Iterable[IPNetwork]) -> list[IPNetwork]:
+@lru_cache(maxsize=4)
+def kept_local(
+    pool: tuple[IPNetwork, ...], reserved: tuple[IPNetwork, ...], used: tuple[IPNetwork, ...]
+) -> tuple[IPNetwork, ...]:
     """Return the parts of 127.1.0.0 to 127.63.255.255 that stay local to lo: beside the pool, reserved, or used."""
     beside = IPSet([POOL_SPAN]) - IPSet([HOST_PART]) - IPSet(pool)
     kept = beside | ((IPSet(reserved) | IPSet(used)) & IPSet([POOL_SPAN])) - IPSet([HOST_PART])
-    return sorted(kept.iter_cidrs())
+    return tuple(sorted(kept.iter_cidrs()))
 
 
 def without(networks: Sequence[IPNetwork], holes: Sequence[IPNetwork]) -> list[IPNetwork]:

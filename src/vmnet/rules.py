@@ -1,6 +1,6 @@
 """Render the nftables ruleset from its template: from validated settings only, and without I/O beyond that."""
 
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from string import Template
 
@@ -14,6 +14,7 @@ GUARDED = "goto guard"
 _GUARD = f"\t\tmeta iifgroup != {{ $mapped, $native }} {GUARDED}\n"
 
 
+@lru_cache(maxsize=4)
 def render(plane: Plane, *, guard: bool) -> str:
     """Return the ruleset; with `guard`, what is not ours and not translated is not forwarded either."""
     step = plane.shadow - 0x7F << 8

@@ -298,7 +298,7 @@ def hosts(draw: st.DrawFn) -> tuple[HostWish, HostView]:
     used = draw(ranges)
     wish = HostWish(
         plane=Plane(),
-        kept=tuple(kept_local([IPNetwork("127.0.0.0/10")], (), used)),
+        kept=kept_local((IPNetwork("127.0.0.0/10"),), (), tuple(used)),
         holes=tuple(draw(ranges)),
         text="text",
         listing="listing",
@@ -360,7 +360,7 @@ def test_the_lo_loses_its_8_last(case: tuple[HostWish, HostView]) -> None:
 
 @given(ranges, ranges)
 def test_the_fence_leaves_out_the_holes_and_nothing_else(used: list[IPNetwork], holes: list[IPNetwork]) -> None:
-    wish = HostWish(Plane(), tuple(kept_local([IPNetwork("127.0.0.0/10")], (), used)), tuple(holes), "", None)
+    wish = HostWish(Plane(), kept_local((IPNetwork("127.0.0.0/10"),), (), tuple(used)), tuple(holes), "", None)
     routes = host_routes(wish)
     fenced = IPSet([one.destination for one in routes if one.type == "unreachable" and one.table == ops.TABLE_LOCAL])
     local = IPSet([one.destination for one in routes if one.type == "local"])
@@ -371,7 +371,7 @@ def test_the_fence_leaves_out_the_holes_and_nothing_else(used: list[IPNetwork], 
 
 
 def test_every_address_outside_the_pool_stays_local() -> None:
-    kept = kept_local([IPNetwork("127.5.0.0/16")], [IPNetwork("127.5.7.0/24")], [])
+    kept = kept_local((IPNetwork("127.5.0.0/16"),), (IPNetwork("127.5.7.0/24"),), ())
     wish = HostWish(Plane(), tuple(kept), (), "", None)
     local = [IPNetwork(one.destination) for one in host_routes(wish) if one.type == "local"]
     for address in ("127.1.0.1", "127.63.255.254", "127.5.7.9", "127.4.255.255", "127.6.0.0", "127.200.0.1"):
