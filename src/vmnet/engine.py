@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache, partial
 from itertools import count
@@ -53,8 +53,7 @@ _RUNS = 64
 _DAY = 86400  # seconds
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
+class Seen(NamedTuple):
     """A guest as recorded, and how it is in the kernel; `loopback` is the device of aliases."""
 
     lease: Lease
@@ -365,7 +364,7 @@ class Engine:
         Nothing is deleted where one of those to be made cannot be. A guest that `create` made is not this one's.
         """
         names = self._check(specs)
-        specs = [replace(spec, applied=True) for spec in specs]
+        specs = [spec._replace(applied=True) for spec in specs]
         if dry_run:
             with self._writing(dry_run) as store:
                 surplus = [one for one in store.leases() if one.applied and one.name not in names] if prune else []
@@ -388,7 +387,7 @@ class Engine:
             leases = self._own(store, names)
             if dry_run:
                 problems: dict[str, VmnetError] = {}
-                wanted = [replace(one, wish="up") if one.wish == "down" else one for one in leases]
+                wanted = [one._replace(wish="up") if one.wish == "down" else one for one in leases]
                 ops = self._preview(store, wanted, problems, orphans=names is None)
                 if not ops:
                     self._raise_first(problems)
@@ -523,7 +522,7 @@ class Engine:
         with self._writing(dry_run) as store:
             leases = self._own(store, names)
             if dry_run:
-                rest = [replace(lease, wish="down") if lease in leases else lease for lease in store.leases()]
+                rest = [lease._replace(wish="down") if lease in leases else lease for lease in store.leases()]
                 return self._guests.plan_down(leases, keep_netns=True) + self._names.plan(rest)
             up = [lease.name for lease in leases if lease.wish == "up"]
             store.set_wish(up, "down", gone_ok=True, owner=self.on_behalf)

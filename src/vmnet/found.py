@@ -30,7 +30,8 @@ def load_found(run: Path, here: NetnsId) -> Found | None:
 
 def save_found(run: Path, here: NetnsId, found: Found) -> None:
     """Keep `found` for `here`, whole or not at all; one process at a time."""
-    content = json.dumps({"netns": asdict(here), **asdict(found)}, indent=1)
+    noted = {"netns": asdict(here), **found._asdict(), "lo": [one._asdict() for one in found.lo]}
+    content = json.dumps(noted, indent=1)
     partial = run / _PARTIAL
     try:
         run.mkdir(mode=0o755, parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 import errno
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from vmnet.aliases import plan_alias, plan_alias_removal
 from vmnet.model import Conflict, KernelRefused, Lease, State, VmnetError
@@ -143,7 +143,7 @@ class Guests:
         for lease in leases:
             found = views[lease.name].netns_id
             if found and lease.netns and lease.netns.owned and found != lease.netns.identity:
-                learnt[lease.name] = replace(lease.netns, identity=found)
+                learnt[lease.name] = lease.netns._replace(identity=found)
         if learnt:
             store.set_netns(learnt)
 

@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from socket import inet_aton
@@ -140,8 +139,7 @@ def _lines(names: Names) -> list[bytes]:
     return sorted(lines, key=_address_of)
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
+class _Found(NamedTuple):
     """What is not ours, before and after the place of the block; whether there is one, its note, its lines.
 
     `ours` are stretches of the content: each line in them that has the shape of ours is ours.
@@ -293,8 +291,7 @@ _NOT_REPLACEABLE = {errno.EBUSY, errno.EXDEV, errno.EROFS, errno.EACCES, errno.E
 _COMPUTED_XATTRS = {"security.ima", "security.evm"}
 
 
-@dataclass(frozen=True, slots=True)
-class _Seen:
+class _Seen(NamedTuple):
     """A hosts file at one moment; equal if it is the same file, unchanged in content and attributes."""
 
     content: bytes

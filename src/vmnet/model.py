@@ -7,7 +7,7 @@ import hashlib
 import re
 import string
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from netaddr import IPAddress, IPNetwork
 
@@ -24,6 +24,8 @@ POOL_FIRST = 0x7F010000
 BLOCK_SIZE = 4
 POOL_BLOCKS = 1_032_192
 LIBVIRT_BRIDGE = "vmn-_bridge"  # no guest's device: a name has no underscore, and a shortened one has it further on
+MTU = (576, 65535)  # bytes: the least and the most that a guest may have
+QUEUES = (1, 256)  # of a tap, the same
 USUAL_MTU = 1500  # bytes: what an Ethernet device has by itself (RFC 894), and virtio's
 
 
@@ -108,6 +110,15 @@ def check_name(name: str) -> str:
     )
 
 
+def is_mac(value: object) -> bool:
+    """Say whether `value` is the MAC of one device, in lower case and with colons."""
+    if not isinstance(value, str) or len(value) != 17:
+        return False
+    parts = value.split(":")
+    digits = len(parts) == 6 and all(len(one) == 2 and set(one) <= set("0123456789abcdef") for one in parts)
+    return digits and not int(parts[0], 16) & 1 and any(int(one, 16) for one in parts)
+
+
 def device_name(name: str) -> str:
     """Return the name of the guest's device on the host: at most 15 characters, stable, unique.
 
@@ -184,8 +195,7 @@ class NetnsId:
         return hash((self.device, self.inode, self.boot_id))
 
 
-@dataclass(frozen=True, slots=True)
-class Netns:
+class Netns(NamedTuple):
     """Where a veth guest lives: the way there, whether vmnet made it, and which one it was."""
 
     path: str
@@ -193,8 +203,7 @@ class Netns:
     identity: NetnsId | None
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
+class Lease(NamedTuple):
     """The record that a guest holds a block, with all that its devices are made from.
 
     An alias has no device of its own: it is an address of the host itself, and its mode says nothing.

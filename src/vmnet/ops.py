@@ -8,7 +8,6 @@ Ops are named tuples, not dataclasses: there are twenty kinds, and making the cl
 """
 
 import shlex
-from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
 from vmnet.filters import Program, bytecode
@@ -70,8 +69,7 @@ class Address(NamedTuple):
     scope: int = SCOPE_GLOBAL
 
 
-@dataclass(frozen=True, slots=True)
-class LoAddress:
+class LoAddress(NamedTuple):
     """An IPv4 address of lo, with all that is needed to put it back as it was.
 
     `attributes` are the rtnetlink attributes (number, payload in hex) that the kernel showed, `flags` its flags.

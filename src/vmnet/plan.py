@@ -4,10 +4,10 @@ Everything here is pure: what is desired is made from a lease, what is observed 
 is a list of ops in the order in which they must run. A second plan, made after the ops have run, is empty.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import TypeAlias
+from types import MappingProxyType
+from typing import NamedTuple, TypeAlias
 
 from netaddr import IPNetwork, IPSet
 
@@ -84,8 +84,7 @@ HOST_CONF: Conf = {"route_localnet": 0, "accept_local": 0, "forwarding": 1, "rp_
 _SET_ONCE = "rp_filter"
 
 
-@dataclass(frozen=True, slots=True)
-class Plane:
+class Plane(NamedTuple):
     """The settings that the data plane is made from: first octet of the shadow, mark bit, link groups, ports.
 
     Names are answered to mapped guests at `dns_port` of the host, to native ones at the next.
@@ -98,15 +97,14 @@ class Plane:
     dns_port: int = 12753
 
 
-@dataclass(frozen=True, slots=True)
-class Link:
+class Link(NamedTuple):
     """A device as the kernel shows it; `kind` is veth, tap, tun or whatever else it is.
 
     `conf` holds the IPv4 sysctls of HOST_CONF; `disable_ipv6` is None on a kernel without IPv6, `owner` is None
     for a tap that anybody may open; `master` is the index of the bridge whose port it is, 0 for none.
     """
 
-    index: int
+    ifindex: int
     name: str
     kind: str
     group: int
@@ -123,26 +121,23 @@ class Link:
     master: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Filter:
+class Filter(NamedTuple):
     """What stands at pref 1 of a hook: our program's bytes, or None for something of another kind."""
 
     program: bytes | None
 
 
-@dataclass(frozen=True, slots=True)
-class Side:
+class Side(NamedTuple):
     """A device and all that hangs on it; `routes` are those of our protocol, `neighbours` the permanent ones."""
 
     link: Link | None = None
     addresses: frozenset[Address] = frozenset()
     routes: frozenset[Route] = frozenset()
     neighbours: frozenset[tuple[str, str]] = frozenset()
-    filters: dict[str, Filter] = field(default_factory=dict)
+    filters: Mapping[str, Filter] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class Inside:
+class Inside(NamedTuple):
     """What a guest's namespace shows: its device, its lo, our routes on lo, and whether it has a way out."""
 
     side: Side
@@ -153,8 +148,7 @@ class Inside:
     lo_alias: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class GuestView:
+class GuestView(NamedTuple):
     """A guest as observed. `netns` is none (not a veth), absent, ours (the one recorded) or stranger.
 
     `inside` is None where the namespace is not there, is not ours, or may not be looked into, `netns_id` which one was
@@ -163,7 +157,7 @@ class GuestView:
     `alias` is how the address of an alias is there.
     """
 
-    host: Side = field(default_factory=Side)
+    host: Side = Side()
     netns: str = "none"
     inside: Inside | None = None
     stub: bool = False
@@ -172,13 +166,12 @@ class GuestView:
     alias: frozenset[Address] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class Guest:
+class Guest(NamedTuple):
     """A guest as desired, on both of its sides; `maker` is who makes its device."""
 
     name: str
     kind: str
-    index: int
+    ifindex: int
     host: Side
     programs: dict[str, filters.Program]
     peer: Peer | None = None
@@ -220,7 +213,7 @@ def desire(lease: Lease, plane: Plane, *, index_shift: int = 0) -> Guest:
     }
     host = Side(
         link=Link(
-            index=index,
+            ifindex=index,
             name=device,
             kind=lease.kind,
             group=plane.group_native if native else plane.group_mapped,
@@ -251,14 +244,13 @@ def desire(lease: Lease, plane: Plane, *, index_shift: int = 0) -> Guest:
         filters={direction: Filter(filters.encode(program)) for direction, program in programs.items()},
     )
     guest = Guest(
-        name=lease.name, kind=lease.kind, index=index, host=host, programs=programs, owner=lease.owner,
+        name=lease.name, kind=lease.kind, ifindex=index, host=host, programs=programs, owner=lease.owner,
         queues=lease.queues, maker=lease.maker,
     )  # fmt: skip
     if lease.kind != "veth" or lease.netns is None or lease.mac is None:
         return guest
     peer = Peer(PEER_NAME, index + 1, lease.mac, lease.netns.path)
-    return replace(
-        guest,
+    return guest._replace(
         peer=peer,
         inside=_desire_inside(lease, peer, own_address, host_mac or ""),
         inside_lo_routes=frozenset(_local_routes(_KEPT_LOCAL) if native else ()),
@@ -283,7 +275,7 @@ def _desire_inside(lease: Lease, peer: Peer, address: int, host_mac: str) -> Sid
         }
     return Side(
         link=Link(
-            index=peer.ifindex,
+            ifindex=peer.ifindex,
             name=peer.name,
             kind="veth",
             group=0,
@@ -340,7 +332,7 @@ def plan_guest(desired: Guest, observed: GuestView) -> list[Op]:
         if link and (inside is None or inside.side.link is None):
             # The far end went away or lies in another namespace: a veth is whole or it is not there.
             if inside is not None or observed.netns == "absent":
-                ops.insert(0, DelLink(HOST, link.name, link.index))
+                ops.insert(0, DelLink(HOST, link.name, link.ifindex))
                 link = None
         elif not link and inside and inside.side.link:
             raise Conflict(
@@ -348,7 +340,7 @@ def plan_guest(desired: Guest, observed: GuestView) -> list[Op]:
                 hint="give the guest a namespace without one",
             )
     elif link and (link.kind != wanted.kind or link.multi_queue != wanted.multi_queue):
-        ops.append(DelLink(HOST, link.name, link.index))
+        ops.append(DelLink(HOST, link.name, link.ifindex))
         link = None
     host = observed.host if link else Side()
     if link is None:
@@ -378,48 +370,48 @@ def _plan_taken_over(desired: Guest, observed: Side) -> list[Op]:
     if link is None:
         return []
     if link.persist:
-        return [DelLink(HOST, link.name, link.index)]  # made by vmnet, when that made the guest's
+        return [DelLink(HOST, link.name, link.ifindex)]  # made by vmnet, when that made the guest's
     return (_down_first if link.master and link.up else _plan_host_side)(desired, link, observed)
 
 
 def _down_first(desired: Guest, link: Link, observed: Side) -> list[Op]:
     """Return the ops for a device that has to be down for them; with that it loses routes and neighbours."""
-    down: Op = SetLink(HOST, link.name, link.index, up=False)
-    observed = replace(observed, routes=frozenset(), neighbours=frozenset())
-    return [down, *_plan_host_side(desired, replace(link, up=False), observed)]
+    down: Op = SetLink(HOST, link.name, link.ifindex, up=False)
+    observed = observed._replace(routes=frozenset(), neighbours=frozenset())
+    return [down, *_plan_host_side(desired, link._replace(up=False), observed)]
 
 
 def _make_device(desired: Guest) -> list[Op]:
     wanted = desired.host.link
     assert wanted is not None
     if desired.peer:
-        return [AddVeth(wanted.name, wanted.index, wanted.group, wanted.mac or "", wanted.mtu, desired.peer)]
-    return [AddTun(wanted.name, wanted.index, desired.kind, desired.owner, desired.queues)]
+        return [AddVeth(wanted.name, wanted.ifindex, wanted.group, wanted.mac or "", wanted.mtu, desired.peer)]
+    return [AddTun(wanted.name, wanted.ifindex, desired.kind, desired.owner, desired.queues)]
 
 
 def _as_made(desired: Guest, wanted: Link) -> Link:
     """Return what a device is before anything is set that its making does not set."""
-    made = replace(wanted, alias="", up=False, multicast=True, conf={}, disable_ipv6=False, persist=False)
+    made = wanted._replace(alias="", up=False, multicast=True, conf={}, disable_ipv6=False, persist=False)
     if desired.peer:
         return made
-    return replace(made, mac=None, group=0, mtu=0)
+    return made._replace(mac=None, group=0, mtu=0)
 
 
 def _plan_renamed(desired: Guest, wanted: Link, link: Link, observed: Side) -> list[Op]:
     """Return the ops for a device of another name. Before Linux 6.2 one that is up keeps its."""
     if link.up:
         return _down_first(desired, link, observed)
-    named: list[Op] = [SetLink(HOST, link.name, link.index, name=wanted.name)]
+    named: list[Op] = [SetLink(HOST, link.name, link.ifindex, name=wanted.name)]
     if desired.maker == "libvirt" and link.alias != wanted.alias:
-        named.append(AddAltName(wanted.name, link.index, link.name))  # libvirt goes on to call it so
-    return named + _plan_host_side(desired, replace(link, name=wanted.name), observed)
+        named.append(AddAltName(wanted.name, link.ifindex, link.name))  # libvirt goes on to call it so
+    return named + _plan_host_side(desired, link._replace(name=wanted.name), observed)
 
 
 def _plan_host_side(desired: Guest, link: Link, observed: Side) -> list[Op]:
     """Return the ops for the host's side: sysctls and filters stand before the device goes up."""
     wanted = desired.host.link
     assert wanted is not None
-    name, index = link.name, link.index
+    name, index = link.name, link.ifindex
     if name != wanted.name:
         return _plan_renamed(desired, wanted, link, observed)
     ops: list[Op] = []
@@ -492,7 +484,7 @@ def _plan_inside(desired: Guest, peer: Peer, observed: Inside, *, fresh: bool) -
     assert side.link is not None
     place, wanted = peer.place, side.link
     link = observed.side.link
-    index = link.index if link else peer.ifindex
+    index = link.ifindex if link else peer.ifindex
     ops: list[Op] = []
     # In mapped mode nothing needs lo: that of somebody else's namespace stays as it is.
     if not observed.lo_up and (desired.owned_netns or desired.inside_lo_routes):
@@ -548,7 +540,7 @@ def plan_removal(desired: Guest, observed: GuestView, *, keep_netns: bool = Fals
     ops: list[Op] = []
     link = observed.host.link if observed.host.link and is_ours(observed.host.link, desired) else None
     if link:
-        ops.append(DelLink(HOST, link.name, link.index))
+        ops.append(DelLink(HOST, link.name, link.ifindex))
     if desired.peer and (observed.netns == "ours" or observed.stub):
         place = desired.peer.place
         if desired.owned_netns:
@@ -577,8 +569,7 @@ def plan_left(place: str, inside: Inside) -> list[Op]:
 # The host part
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(NamedTuple):
     """How the host was at the first carve of this boot; `forwarding` is that of each device, and `default`, by name."""
 
     lo: tuple[LoAddress, ...]
@@ -587,8 +578,7 @@ class Found:
     forwarding: dict[str, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Use:
+class Use(NamedTuple):
     """Somebody else's use of addresses: `kind` is local (this host answers there) or foreign (something else does)."""
 
     kind: str
@@ -599,8 +589,7 @@ class Use:
         return f"{self.network}: {self.what}"
 
 
-@dataclass(frozen=True, slots=True)
-class HostView:
+class HostView(NamedTuple):
     """The host part as observed: lo, routes of our protocol, the listing of our table, ip_forward.
 
     `chains` are those of other firewalls, seen only with rights; `bridges` matter only where there are such chains.
@@ -617,8 +606,7 @@ class HostView:
     libvirt: Link | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class HostWish:
+class HostWish(NamedTuple):
     """The host part as desired: `kept` are ranges of the pool that stay local, `holes` those left to others.
 
     `text` is the ruleset as it is loaded, `listing` how nft lists it; None where the caller may not see rules.
@@ -702,12 +690,12 @@ def plan_bridge(link: Link | None, *, wanted: bool) -> list[Op]:
     """
     if link is None:
         return [AddBridge(LIBVIRT_BRIDGE)] if wanted else []
-    return [SetLink(HOST, link.name, link.index, up=False)] if link.kind == "bridge" and link.up else []
+    return [SetLink(HOST, link.name, link.ifindex, up=False)] if link.kind == "bridge" and link.up else []
 
 
 def plan_bridge_removal(link: Link | None) -> list[Op]:
     """Return the ops after which there is no bridge; a device of its name that is none is somebody else's."""
-    return [DelLink(HOST, link.name, link.index)] if link and link.kind == "bridge" else []
+    return [DelLink(HOST, link.name, link.ifindex)] if link and link.kind == "bridge" else []
 
 
 def _plan_source(place: str, lo: Sequence[LoAddress]) -> list[Op]:
@@ -730,7 +718,7 @@ def plan_carved_lo(place: str, lo: Sequence[LoAddress]) -> list[Op]:
         same_subnet = [one for one in others if IPNetwork(one.value).cidr == HOST_PART]
         ops += [_take_off(place, one) for one in same_subnet]
         scope = same_subnet[0].scope if same_subnet else wide.scope
-        ops.append(PutBackAddress(place, replace(wide, value=_LO_CARVED, scope=scope)))
+        ops.append(PutBackAddress(place, wide._replace(value=_LO_CARVED, scope=scope)))
     else:
         moved = {LOOPBACK}
     ops.append(_take_off(place, wide))
@@ -746,7 +734,7 @@ def plan_restored_lo(place: str, lo: Sequence[LoAddress], found: Sequence[LoAddr
     values = [one.value for one in lo]
     carved = next((one for one in lo if one.value == _LO_CARVED), None)
     if found is None:
-        found = [replace(carved, value=_LO_WIDE)] if carved else []
+        found = [carved._replace(value=_LO_WIDE)] if carved else []
     order = {one.value: position for position, one in enumerate(found)}
     wide = next((one for one in found if one.value == _LO_WIDE), None)
     surplus = carved is not None and _LO_CARVED not in order
@@ -783,7 +771,7 @@ def guess_found(observed: HostView, *, guarded: bool) -> Found | None:
     lo = [one for one in observed.lo if one.value != _LO_CARVED]
     carved = next((one for one in observed.lo if one.value == _LO_CARVED), None)
     if carved and _LO_WIDE not in [one.value for one in lo]:
-        lo.insert(0, replace(carved, value=_LO_WIDE))
+        lo.insert(0, carved._replace(value=_LO_WIDE))
     return Found(tuple(lo), 0 if guarded else observed.ip_forward, 1, {})
 
 

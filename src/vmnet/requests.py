@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from netaddr import AddrFormatError, IPAddress
 
-from vmnet.model import Kind, Mode, UsageError, block_of, check_name
+from vmnet.model import MTU, QUEUES, Kind, Mode, UsageError, block_of, check_name, is_mac
 
 Verb: TypeAlias = Literal["create", "delete", "up", "down", "look"]
 
@@ -110,15 +110,6 @@ def _is_address(value: object) -> bool:
     return True
 
 
-def is_mac(value: object) -> bool:
-    """Say whether `value` is the MAC of one device, in lower case and with colons."""
-    if not isinstance(value, str) or len(value) != 17:
-        return False
-    parts = value.split(":")
-    digits = len(parts) == 6 and all(len(one) == 2 and set(one) <= set("0123456789abcdef") for one in parts)
-    return digits and not int(parts[0], 16) & 1 and any(int(one, 16) for one in parts)
-
-
 def _is_names(value: Any) -> bool:
     return isinstance(value, list) and len(value) <= MOST_NAMES and all(isinstance(one, str) for one in value)
 
@@ -127,7 +118,6 @@ def _is_flag(value: object) -> bool:
     return isinstance(value, bool)
 
 
-MTU, QUEUES = (576, 65535), (1, 256)
 _RULES = {
     "verb": lambda value: isinstance(value, str) and value in get_args(Verb),
     "names": _is_names,

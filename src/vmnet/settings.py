@@ -4,9 +4,8 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vmnet.ipam import Pool
 from vmnet.model import USUAL_MTU, NotPermitted, UsageError
@@ -23,8 +22,7 @@ def backend(environment: Mapping[str, str] | None = None) -> str:
     return "darwin" if name.startswith("freebsd") else name
 
 
-@dataclass(frozen=True, slots=True)
-class Paths:
+class Paths(NamedTuple):
     """The folders and files of vmnet; `hosts` is None where no hosts file is to be kept."""
 
     state: Path
@@ -51,8 +49,7 @@ class Paths:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(NamedTuple):
     """What the file of settings says; docs/reference/settings.md says what each of them means."""
 
     domain: str = "vmnet.internal"
@@ -61,8 +58,8 @@ class Settings:
     user_guests: int = 64
     guard_forwarding: bool = True
     libvirt_grace: float = 7
-    pool: Pool = field(default_factory=Pool)
-    plane: Plane = field(default_factory=Plane)
+    pool: Pool = Pool()
+    plane: Plane = Plane()
 
 
 def load_settings(path: Path) -> Settings:

@@ -1,10 +1,10 @@
 """What a caller asks a guest to be: against what there is already, and as a request for a lease."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import PurePath
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from netaddr import IPAddress
 
@@ -19,8 +19,7 @@ _NAME_MAX, _PATH_MAX = 255, 4095  # bytes (linux/limits.h)
 _DEFAULT_MODES: dict[Kind, Mode] = {"tap": "mapped", "veth": "native", "tun": "native", "alias": "native"}
 
 
-@dataclass(frozen=True, slots=True)
-class GuestSpec:
+class GuestSpec(NamedTuple):
     """What the caller asks a guest to be; None leaves a property to its default, or as it is.
 
     `new`: there must be no guest of that name yet. `maker`: who makes the device of a guest that is new, `applied`: it
@@ -124,7 +123,7 @@ class Asking:
                 f"{path} is another network namespace than the one in which {lease.name} is",
                 hint=f"vmnet delete {lease.name} first",
             )
-        return replace(lease.netns, identity=found)
+        return lease.netns._replace(identity=found)
 
     @_saying_where
     def request(self, spec: GuestSpec) -> LeaseRequest:

@@ -16,7 +16,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, NamedTuple, Self, TypeAlias, TypeVar
@@ -137,8 +136,7 @@ class Relay(NamedTuple):
         return f"{self.port}:{target}:{self.target_port}/{self.protocol}"
 
 
-@dataclass(frozen=True, slots=True)
-class LeaseRequest:
+class LeaseRequest(NamedTuple):
     """What a new guest is to be; without `mac` a guest other than a tun gets its block's own."""
 
     name: str
@@ -154,8 +152,7 @@ class LeaseRequest:
     applied: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class HostRecord:
+class HostRecord(NamedTuple):
     """The wish for the host part, and which host network namespace, in which boot, the records belong to."""
 
     wish: Wish
@@ -164,8 +161,7 @@ class HostRecord:
     netns_inode: int
 
 
-@dataclass(frozen=True, slots=True)
-class Reservation:
+class Reservation(NamedTuple):
     """Addresses first..last (both included) of the pool that somebody else uses, and who or what that is."""
 
     first: IPAddress

@@ -1,7 +1,5 @@
 """What ops would make of a view: a model of the kernel, small enough to be read, for the laws of the plan."""
 
-from dataclasses import replace
-
 from netaddr import IPNetwork
 
 from vmnet import filters, ops
@@ -10,7 +8,7 @@ from vmnet.ops import Op
 from vmnet.plan import HOST, HOST_CONF, Filter, GuestView, HostView, Inside, Link, Side
 
 _MADE = Link(
-    index=0, name="", kind="", group=0, alias="", mac=None, mtu=1500, up=False, multicast=True,
+    ifindex=0, name="", kind="", group=0, alias="", mac=None, mtu=1500, up=False, multicast=True,
     conf=dict.fromkeys(HOST_CONF, 7), disable_ipv6=False, persist=False,
 )  # fmt: skip
 WIDE = ops.LoAddress("127.0.0.1/8", ops.SCOPE_HOST, 0, ())
@@ -20,45 +18,47 @@ def on_guest(view: GuestView, op: Op) -> GuestView:
     """Return the guest's view after one op."""
     match op:
         case ops.AddNetns():
-            return replace(view, netns="ours", inside=Inside(Side(), (WIDE,), True, frozenset(), False))
+            return view._replace(netns="ours", inside=Inside(Side(), (WIDE,), True, frozenset(), False))
         case ops.DelNetns():
-            return replace(view, netns="absent", inside=None)
+            return view._replace(netns="absent", inside=None)
         case ops.AddVeth():
-            link = replace(_MADE, index=op.ifindex, name=op.device, kind="veth", group=op.group, mac=op.mac, mtu=op.mtu)
+            link = _MADE._replace(
+                ifindex=op.ifindex, name=op.device, kind="veth", group=op.group, mac=op.mac, mtu=op.mtu
+            )
             assert view.host.link is None
             assert view.inside
-            peer = replace(
-                _MADE, index=op.peer.ifindex, name=op.peer.name, kind="veth", mac=op.peer.mac, mtu=op.mtu, conf={}
+            peer = _MADE._replace(
+                ifindex=op.peer.ifindex, name=op.peer.name, kind="veth", mac=op.peer.mac, mtu=op.mtu, conf={}
             )
-            return replace(view, host=Side(replace(link, persist=True)), inside=replace(view.inside, side=Side(peer)))
+            return view._replace(host=Side(link._replace(persist=True)), inside=view.inside._replace(side=Side(peer)))
         case ops.AddTun():
             assert view.host.link is None
-            link = replace(_MADE, index=op.ifindex, name=op.device, kind=op.kind, multi_queue=op.queues > 1)
-            return replace(view, host=Side(link))
+            link = _MADE._replace(ifindex=op.ifindex, name=op.device, kind=op.kind, multi_queue=op.queues > 1)
+            return view._replace(host=Side(link))
         case ops.DelLink(place=""):
-            inside = view.inside and replace(view.inside, side=Side())
-            return replace(view, host=Side(), inside=inside)
+            inside = view.inside and view.inside._replace(side=Side())
+            return view._replace(host=Side(), inside=inside)
         case ops.PersistTun():
             assert view.host.link
-            return replace(view, host=replace(view.host, link=replace(view.host.link, persist=True, owner=op.owner)))
+            return view._replace(host=view.host._replace(link=view.host.link._replace(persist=True, owner=op.owner)))
         case ops.SetSysctl():
             assert view.host.link
             assert op.key == f"net/ipv6/conf/{view.host.link.name}/disable_ipv6"
-            return replace(view, host=replace(view.host, link=replace(view.host.link, disable_ipv6=True)))
+            return view._replace(host=view.host._replace(link=view.host.link._replace(disable_ipv6=True)))
         case ops.OwnTap():
             assert view.host.link
-            return replace(view, host=replace(view.host, link=replace(view.host.link, owner=op.owner)))
+            return view._replace(host=view.host._replace(link=view.host.link._replace(owner=op.owner)))
         case ops.AddClsact() | ops.AddAltName():
             return view
     place = getattr(op, "place", HOST)
     if place == HOST:
-        return replace(view, host=on_side(view.host, op))
+        return view._replace(host=on_side(view.host, op))
     assert view.inside
     if on_lo(op):
-        return replace(view, inside=on_inside_lo(view.inside, op))
+        return view._replace(inside=on_inside_lo(view.inside, op))
     side = on_side(view.inside.side, op)
     has_default = any(route.destination == "0.0.0.0/0" for route in side.routes) or view.inside.has_default
-    return replace(view, inside=replace(view.inside, side=side, has_default=has_default))
+    return view._replace(inside=view.inside._replace(side=side, has_default=has_default))
 
 
 def on_lo(op: Op) -> bool:
@@ -72,12 +72,12 @@ def on_inside_lo(inside: Inside, op: Op) -> Inside:
     """Return a namespace's view after an op on its lo."""
     match op:
         case ops.SetLink(up=True):
-            return replace(inside, lo_up=True, lo=inside.lo or (WIDE,))
+            return inside._replace(lo_up=True, lo=inside.lo or (WIDE,))
         case ops.AddRoute():
-            return replace(inside, lo_routes=inside.lo_routes | {op.route})
+            return inside._replace(lo_routes=inside.lo_routes | {op.route})
         case ops.DelRoute():
-            return replace(inside, lo_routes=inside.lo_routes - {op.route})
-    return replace(inside, lo=on_lo_addresses(inside.lo, op))
+            return inside._replace(lo_routes=inside.lo_routes - {op.route})
+    return inside._replace(lo=on_lo_addresses(inside.lo, op))
 
 
 def on_lo_addresses(lo: tuple[ops.LoAddress, ...], op: Op) -> tuple[ops.LoAddress, ...]:
@@ -113,30 +113,30 @@ def on_side(side: Side, op: Op) -> Side:
                 for key in ("alias", "group", "mac", "mtu", "up", "multicast", "name", "master")
                 if (value := getattr(op, key)) is not None
             }
-            left = side if op.up is not False else replace(side, routes=frozenset(), neighbours=frozenset())
-            return replace(left, link=replace(side.link, **changes))
+            left = side if op.up is not False else side._replace(routes=frozenset(), neighbours=frozenset())
+            return left._replace(link=side.link._replace(**changes))
         case ops.SetConf():
-            return replace(side, link=replace(side.link, conf={**side.link.conf, **dict(op.values)}))
+            return side._replace(link=side.link._replace(conf={**side.link.conf, **dict(op.values)}))
         case ops.SetFilter():
             there = side.filters.get(op.direction)
             assert there is None or there.program is not None, "a filter of another kind is in the way"
-            return replace(side, filters={**side.filters, op.direction: Filter(filters.encode(op.program))})
+            return side._replace(filters={**side.filters, op.direction: Filter(filters.encode(op.program))})
         case ops.DelFilter():
-            return replace(side, filters={key: one for key, one in side.filters.items() if key != op.direction})
+            return side._replace(filters={key: one for key, one in side.filters.items() if key != op.direction})
         case ops.AddAddress():
-            return replace(side, addresses=side.addresses | {op.address})
+            return side._replace(addresses=side.addresses | {op.address})
         case ops.DelAddress():
-            return replace(side, addresses=side.addresses - {op.address})
+            return side._replace(addresses=side.addresses - {op.address})
         case ops.AddRoute():
             assert side.link.up, "a route needs its device up"
-            return replace(side, routes=side.routes | {op.route})
+            return side._replace(routes=side.routes | {op.route})
         case ops.DelRoute():
-            return replace(side, routes=side.routes - {op.route})
+            return side._replace(routes=side.routes - {op.route})
         case ops.DelNeighbour():
-            return replace(side, neighbours=side.neighbours - {(op.address, op.mac)})
+            return side._replace(neighbours=side.neighbours - {(op.address, op.mac)})
         case ops.SetNeighbour():
             kept = {one for one in side.neighbours if one[0] != op.address}
-            return replace(side, neighbours=frozenset(kept | {(op.address, op.mac)}))
+            return side._replace(neighbours=frozenset(kept | {(op.address, op.mac)}))
         case _:
             raise AssertionError(op)
 
@@ -145,22 +145,22 @@ def on_host(view: HostView, op: Op, listing: str) -> HostView:
     """Return the host part after one op; `listing` is how the wished ruleset is listed."""
     match op:
         case ops.AddRoute():
-            return replace(view, routes=view.routes | {op.route})
+            return view._replace(routes=view.routes | {op.route})
         case ops.DelRoute():
-            return replace(view, routes=view.routes - {op.route})
+            return view._replace(routes=view.routes - {op.route})
         case ops.LoadRules():
-            return replace(view, listing=listing)
+            return view._replace(listing=listing)
         case ops.DelRules():
-            return replace(view, listing=None)
+            return view._replace(listing=None)
         case ops.PutRules():
-            return replace(view, chains=tuple(_with_rules(one, op) for one in view.chains))
+            return view._replace(chains=tuple(_with_rules(one, op) for one in view.chains))
         case ops.SetSysctl(key="net/ipv4/ip_forward"):
-            return replace(view, ip_forward=op.value)
+            return view._replace(ip_forward=op.value)
         case ops.SetSysctl() | ops.ForgetFlows():
             return view
         case ops.SetLink():
-            return replace(view, lo_up=True)
-    return replace(view, lo=on_lo_addresses(view.lo, op))
+            return view._replace(lo_up=True)
+    return view._replace(lo=on_lo_addresses(view.lo, op))
 
 
 def _with_rules(chain: Chain, op: ops.PutRules) -> Chain:

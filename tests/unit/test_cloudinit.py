@@ -1,7 +1,6 @@
 """What cloud-init is told: right values, in YAML that nothing in a name, a domain or a MAC can bend."""
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,17 +45,16 @@ LINE = re.compile(r'#.*|( {2})*(- )?([a-z0-9-]+:( (?=.))?)?("[a-z0-9.:/-]+"|true
 
 LABELS = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", fullmatch=True)
 LEASES = st.builds(
-    replace,
-    st.just(LEASE),
+    LEASE._replace,
     name=LABELS | st.sampled_from(["null", "no", "y", "1e3", "0x10", "22", "on"]),
     block=st.builds(Block, st.integers(0, POOL_BLOCKS - 1)),
     mac=st.from_regex(r"[0-9a-f][02468ace](:[0-9a-f]{2}){5}", fullmatch=True),
     mtu=st.integers(576, 65535),
 )
 SETTINGS = st.builds(
-    Settings,
+    Settings()._replace,
     domain=st.lists(LABELS, min_size=1, max_size=2).map(".".join),
-    plane=st.builds(Plane, shadow=st.integers(240, 254)),
+    plane=st.builds(Plane()._replace, shadow=st.integers(240, 254)),
 )
 
 
@@ -69,7 +67,7 @@ def test_a_guest_is_told_its_address_way_out_and_names() -> None:
 
 
 def test_an_mtu_is_told_where_it_is_not_the_common_one() -> None:
-    told = render(replace(LEASE, mtu=1400), Settings())["network-config"]
+    told = render(LEASE._replace(mtu=1400), Settings())["network-config"]
     assert told.replace("    mtu: 1400\n", "", 1) == NETWORK
 
 
@@ -87,7 +85,7 @@ def test_each_text_is_quoted(lease: Lease, settings: Settings) -> None:
 
 
 def test_a_guest_made_anew_is_another_instance() -> None:
-    lives = [LEASE, replace(LEASE, created="2026-11-21T09:00:01Z"), replace(LEASE, name="other"), LEASE]
+    lives = [LEASE, LEASE._replace(created="2026-11-21T09:00:01Z"), LEASE._replace(name="other"), LEASE]
     ids = [render(life, Settings())["meta-data"] for life in lives]
     assert len(set(ids)) == 3
     assert ids[0] == ids[3]
@@ -97,7 +95,7 @@ def test_a_guest_made_anew_is_another_instance() -> None:
 def test_what_is_no_vm_is_refused(kind: Kind) -> None:
     mac = None if kind == "tun" else LEASE.mac
     with pytest.raises(Conflict, match=f"myvm is a {kind}") as caught:
-        render(replace(LEASE, kind=kind, mac=mac), Settings())
+        render(LEASE._replace(kind=kind, mac=mac), Settings())
     assert caught.value.hint
 
 

@@ -1,7 +1,6 @@
 """What dnsmasq reads: each guest once, in the right spelling, and nothing that a guest could say of another."""
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +24,7 @@ octets = st.integers(0, 255)
 macs = st.lists(octets, min_size=6, max_size=6).map(lambda mac: ":".join(f"{one:02x}" for one in mac))
 addresses = st.integers(0, 50).map(lambda number: f"247.1.0.{4 * number + 2}")
 lines = st.builds("{},*:*:*:*:*:*,tag:vmn-x,{},x\n".format, macs, addresses)
-guests = st.sampled_from([replace(lease_of(kind, mode), mtu=mtu) for kind, mode in KINDS for mtu in (1500, 1400)])
+guests = st.sampled_from([lease_of(kind, mode)._replace(mtu=mtu) for kind, mode in KINDS for mtu in (1500, 1400)])
 blocks = st.integers(0, 200).map(Block)
 words = st.text(st.characters(codec="ascii", exclude_characters="\n\r\v\f\x1c\x1d\x1e"), max_size=20)
 
@@ -54,9 +53,9 @@ def test_changed_tables_are_those_of_the_changed_guests(
     before: dict[Block, Lease], changes: dict[Block, Lease | None]
 ) -> None:
     def tables(leases: dict[Block, Lease]) -> dict[str, str]:
-        return render_tables([replace(leases[one], block=one) for one in sorted(leases)], "lan", PLANE)
+        return render_tables([leases[one]._replace(block=one) for one in sorted(leases)], "lan", PLANE)
 
-    new = [replace(lease, block=block) for block, lease in changes.items() if lease]
+    new = [lease._replace(block=block) for block, lease in changes.items() if lease]
     after = tables({block: lease for block, lease in (before | changes).items() if lease})
     held = tables(before)
     touched = tables_of(changes, PLANE)
@@ -75,7 +74,7 @@ def test_what_is_no_table_is_not_changed(name: str, text: str) -> None:
 
 
 def test_a_guest_called_localhost_has_no_short_name() -> None:
-    lease = replace(lease_of("veth", "native"), name="localhost", block=Block(0))
+    lease = lease_of("veth", "native")._replace(name="localhost", block=Block(0))
     assert render_tables([lease], "lan", PLANE)["native/127.1.0"] == "127.1.0.2 localhost.lan\n"
 
 

@@ -1,6 +1,5 @@
 """Laws of the plan: a second one is empty, whatever was observed; a stop at any op heals; the foreign stays."""
 
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import pytest
@@ -92,9 +91,9 @@ def drifted(draw: st.DrawFn) -> tuple[Guest, GuestView]:
             "conf": st.just({"route_localnet": 1, "forwarding": 0}), "master": st.just(7), "name": st.just("other0"),
         },
     )  # fmt: skip
-    link = replace(link, **draw(alterations))
+    link = link._replace(**draw(alterations))
     if not link.alias:
-        link = replace(link, name="vmn-web")  # by one of both it is known
+        link = link._replace(name="vmn-web")  # by one of both it is known
     side = view.host
     foreign = Route("127.9.9.0/30", ops.TABLE_LOCAL, "unicast", link.name)
     keep = st.booleans()
@@ -105,16 +104,16 @@ def drifted(draw: st.DrawFn) -> tuple[Guest, GuestView]:
         neighbours=frozenset(one for one in side.neighbours if draw(keep)),
         filters={key: draw(st.sampled_from([one, Filter(None)])) for key, one in side.filters.items() if draw(keep)},
     )
-    view = replace(view, host=side)
+    view = view._replace(host=side)
     if draw(st.integers(0, 9)) == 0:
-        view = replace(view, host=Side(), inside=view.inside and replace(view.inside, side=Side()))
+        view = view._replace(host=Side(), inside=view.inside and view.inside._replace(side=Side()))
     if view.inside and view.inside.side.link:
         inner = view.inside.side
         inner_link = inner.link
         assert inner_link
         up = draw(keep)
         inner = Side(
-            link=replace(inner_link, up=up, conf=draw(st.sampled_from([{}, inner_link.conf]))),
+            link=inner_link._replace(up=up, conf=draw(st.sampled_from([{}, inner_link.conf]))),
             addresses=frozenset(one for one in inner.addresses if draw(keep)),
             routes=frozenset(one for one in inner.routes if up and draw(keep)),
             neighbours=frozenset(one for one in inner.neighbours if draw(keep)),
@@ -123,9 +122,7 @@ def drifted(draw: st.DrawFn) -> tuple[Guest, GuestView]:
         no_lo: tuple[LoAddress, ...] = ()
         lo = draw(st.sampled_from([no_lo, (WIDE,), view.inside.lo]))
         lo_up = bool(lo)
-        view = replace(
-            view,
-            inside=Inside(
+        view = view._replace(inside=Inside(
                 inner if draw(st.integers(0, 9)) else Side(),
                 lo, lo_up, frozenset(one for one in view.inside.lo_routes if lo_up and draw(keep)), default,
             ),
@@ -158,7 +155,7 @@ def test_a_stop_at_any_op_heals(case: tuple[Guest, GuestView], data: st.DataObje
     done = steps[: data.draw(st.integers(0, len(steps)))]
     view = replay(view, done)
     if any(isinstance(op, ops.AddTun) for op in done) and not any(isinstance(op, ops.PersistTun) for op in done):
-        view = replace(view, host=Side())  # it went with the process that had it open
+        view = view._replace(host=Side())  # it went with the process that had it open
     assert plan_guest(desired, replay(view, plan_guest(desired, view))) == []
 
 
@@ -200,26 +197,26 @@ def test_a_device_that_is_not_ours_is_left_alone(change: dict[str, object]) -> N
     desired = desire(lease_of("tap", "mapped"), Plane())
     view = right(desired, "tap")
     assert view.host.link
-    view = replace(view, host=replace(view.host, link=replace(view.host.link, **change)))  # type: ignore[arg-type]
+    view = view._replace(host=view.host._replace(link=view.host.link._replace(**change)))  # type: ignore[arg-type]
     with pytest.raises(Conflict, match="vmn-web"):
         plan_guest(desired, view)
     assert plan_removal(desired, view) == []
 
 
 OFFERED = Link(
-    index=9, name="vnet0", kind="tap", group=0, alias="", mac="fe:76:7f:01:00:02", mtu=1500, up=True, multicast=True,
+    ifindex=9, name="vnet0", kind="tap", group=0, alias="", mac="fe:76:7f:01:00:02", mtu=1500, up=True, multicast=True,
     conf={"route_localnet": 0, "forwarding": 1}, disable_ipv6=False, persist=False, master=5,
 )  # fmt: skip
-LIBVIRTS = desire(replace(lease_of("tap", "mapped"), maker="libvirt"), Plane())
+LIBVIRTS = desire(lease_of("tap", "mapped")._replace(maker="libvirt"), Plane())
 
 
 @given(st.sampled_from(["vnet0", "vmn-web"]), st.booleans(), st.booleans(), st.sampled_from([0, 5]), st.data())
 def test_a_tap_of_libvirts_becomes_the_guests(
     name: str, up: bool, is_known: bool, master: int, data: st.DataObject
 ) -> None:
-    link = replace(OFFERED, name=name, up=up, master=master, multi_queue=data.draw(st.booleans()))
+    link = OFFERED._replace(name=name, up=up, master=master, multi_queue=data.draw(st.booleans()))
     if is_known:
-        link = replace(link, alias="vmnet:web")
+        link = link._replace(alias="vmnet:web")
     view = GuestView(Side(link), offered=not is_known)
     steps = plan_guest(LIBVIRTS, view)
     done = replay(view, steps[: data.draw(st.integers(0, len(steps)))])
@@ -256,14 +253,14 @@ def test_a_tap_that_vmnet_made_gives_way_to_libvirts() -> None:
 
 def test_a_tap_on_libvirts_bridge_that_is_not_the_guests_is_left_alone() -> None:
     with pytest.raises(Conflict, match="vmn-web"):
-        plan_guest(LIBVIRTS, GuestView(Side(replace(OFFERED, name="vmn-web", master=6))))
+        plan_guest(LIBVIRTS, GuestView(Side(OFFERED._replace(name="vmn-web", master=6))))
 
 
 def test_a_lost_alias_is_drift() -> None:
     desired = desire(lease_of("tap", "mapped"), Plane())
     view = right(desired, "tap")
     assert view.host.link
-    view = replace(view, host=replace(view.host, link=replace(view.host.link, alias="")))
+    view = view._replace(host=view.host._replace(link=view.host.link._replace(alias="")))
     [op] = plan_guest(desired, view)
     assert isinstance(op, ops.SetLink)
     assert op.alias == "vmnet:web"

@@ -1,6 +1,5 @@
 """The settings: what is left out has its default, what is there is right or named, and nothing else happens."""
 
-from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +192,7 @@ def test_any_value_is_taken_as_it_is_or_refused_by_name(
     except UsageError as error:
         assert any(key in error.message for key in (*values, "group_native"))  # noqa: PT017 - what it says, if it does
         return
-    held = {**asdict(settings.plane), **{one.name: getattr(settings, one.name) for one in fields(settings)}}
+    held = {**settings.plane._asdict(), **settings._asdict()}
     for key, value in values.items():
         if key not in ("pool", "reserved"):
             assert held[key] == value
@@ -214,11 +213,11 @@ DEFAULTS = Paths(
     ("environment", "paths"),
     [
         ({}, DEFAULTS),
-        ({"VMNET_STATE_DIR": "/s"}, replace(DEFAULTS, state=Path("/s"))),
-        ({"VMNET_RUN_DIR": "/r"}, replace(DEFAULTS, run=Path("/r"))),
-        ({"VMNET_CONFIG": "/c"}, replace(DEFAULTS, config=Path("/c"))),
-        ({"VMNET_HOSTS_FILE": "/h"}, replace(DEFAULTS, hosts=Path("/h"))),
-        ({"VMNET_HOSTS_FILE": ""}, replace(DEFAULTS, hosts=None)),
+        ({"VMNET_STATE_DIR": "/s"}, DEFAULTS._replace(state=Path("/s"))),
+        ({"VMNET_RUN_DIR": "/r"}, DEFAULTS._replace(run=Path("/r"))),
+        ({"VMNET_CONFIG": "/c"}, DEFAULTS._replace(config=Path("/c"))),
+        ({"VMNET_HOSTS_FILE": "/h"}, DEFAULTS._replace(hosts=Path("/h"))),
+        ({"VMNET_HOSTS_FILE": ""}, DEFAULTS._replace(hosts=None)),
         ({"VMNET_STATE_DIR": "", "VMNET_RUN_DIR": "", "VMNET_CONFIG": ""}, DEFAULTS),
     ],
     ids=["none", "state", "run", "config", "hosts", "no-hosts", "empty"],

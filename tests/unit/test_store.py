@@ -16,7 +16,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -183,7 +182,7 @@ def test_wishes_and_namespaces_are_recorded(state: Path) -> None:
 
 def test_on_behalf_of_a_user_nothing_is_recorded_of_anybody_else(state: Path) -> None:
     with Store.open(state, write=True) as store:
-        store.allocate([replace(ask("mine"), owner=7), replace(ask("theirs"), owner=8)], pool=Pool(), created="now")
+        store.allocate([ask("mine")._replace(owner=7), ask("theirs")._replace(owner=8)], pool=Pool(), created="now")
         before = read(state)
         with pytest.raises(NotPermitted, match="theirs is a guest of uid 8"):
             store.set_wish(["mine", "theirs"], "deleting", owner=7)
@@ -192,7 +191,7 @@ def test_on_behalf_of_a_user_nothing_is_recorded_of_anybody_else(state: Path) ->
         assert read(state) == before
         store.set_wish(["mine"], "down", owner=7)
         store.set_netns({"mine": OTHER}, owner=7)
-        assert store.lease("mine") == replace(before[0], wish="down", netns=OTHER)
+        assert store.lease("mine") == before[0]._replace(wish="down", netns=OTHER)
 
 
 OTHER = Netns("/proc/7/ns/net", False, None)
@@ -216,7 +215,7 @@ def test_who_is_down_is_not_looked_at_for_who_is_up(state: Path, ask: str, index
 def test_the_unusual_mtus_are_those_of_guests_that_are_to_be_up(state: Path) -> None:
     with Store.open(state, write=True) as store:
         mtus = {"a": 1500, "b": 9000, "c": 1400, "d": 9000, "e": 1300}
-        store.allocate([replace(ask(name), mtu=mtu) for name, mtu in mtus.items()], pool=WHOLE, created=NOW)
+        store.allocate([ask(name)._replace(mtu=mtu) for name, mtu in mtus.items()], pool=WHOLE, created=NOW)
         store.set_wish(["e"], "down")
         assert store.unusual_mtus_up() == [1400, 9000]
         store.set_wish(["b", "e"], "up")
@@ -806,13 +805,13 @@ def test_guests_of_the_first_schema_were_not_made_from_a_file(state: Path, monke
     assert not old.applied
     with Store.open(state, write=True) as store:
         assert store.prune([]) == []
-        [new] = store.allocate([replace(ask("b"), applied=True)], pool=WHOLE, created=NOW)
+        [new] = store.allocate([ask("b")._replace(applied=True)], pool=WHOLE, created=NOW)
         assert store.leases() == [old, new]
 
 
 def test_a_prune_is_of_what_was_made_from_a_file(state: Path) -> None:
     with Store.open(state, write=True) as store:
-        asked = [ask("a"), *(replace(ask(name), applied=True) for name in "bcd")]
+        asked = [ask("a"), *(ask(name)._replace(applied=True) for name in "bcd")]
         a, b, c, d = store.allocate(asked, pool=WHOLE, created=NOW)
         assert [one.applied for one in store.leases()] == [False, True, True, True]
         assert store.prune(["c", "x"]) == [b, d]

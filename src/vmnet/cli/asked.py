@@ -105,7 +105,7 @@ def _specs(engine: Engine, question: Question, uid: int, descriptors: list[int])
             "without root a veth goes into a network namespace of your own, and none is named",
             hint="--netns /proc/PID/ns/net, of a process in it",
         )
-    return [replace(spec, name=name) for name in question.names]
+    return [spec._replace(name=name) for name in question.names]
 
 
 def _in_theirs(engine: Engine, spec: GuestSpec, name: str, descriptor: int, uid: int) -> GuestSpec:
@@ -128,4 +128,4 @@ def _in_theirs(engine: Engine, spec: GuestSpec, name: str, descriptor: int, uid:
             "no process is in the namespace that --netns names, and vmnet keeps none alive",
             hint="start what is to run in it first",
         )
-    return replace(spec, netns=path, place=place)
+    return spec._replace(netns=path, place=place)

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from copy import copy
-from dataclasses import replace
 from enum import StrEnum
 from functools import cache
 from io import TextIOWrapper
@@ -149,7 +148,7 @@ def create(
             raise UsageError(f"{option} is for one guest, not for {len(names)}", hint="call create once for each")
     chosen = kind or (KindOption.veth if netns is not None else None)
     spec = _spec(chosen, native, mapped, address, mac, mtu, owner, queues)
-    specs = [replace(spec, name=check_name(name), netns=netns) for name in names]
+    specs = [spec._replace(name=check_name(name), netns=netns) for name in names]
     if answer := _ask_to_create(specs, dry_run=dry_run, verbose=verbose):
         if dry_run:
             _say_ops(answer.ops, json_=json_, verbose=verbose)
@@ -467,7 +466,7 @@ def run(
     """Create a guest, run CMD inside it (a tap's or a tun's outside), delete it; the exit code is CMD's."""
     _need_linux("run", f"vmnet create {name}, CMD, and vmnet delete {name} do the same for an address of this host")
     checked = check_name(name)
-    spec = replace(_spec(kind, native, mapped, address, mac, mtu, owner, queues), name=checked, new=True)
+    spec = _spec(kind, native, mapped, address, mac, mtu, owner, queues)._replace(name=checked, new=True)
     with _engine(verbose=verbose) as engine:
         if dry_run:
             _say_plan(engine.create([spec], dry_run=True)[1], json_=False, verbose=verbose)

@@ -5,8 +5,7 @@ import pwd
 
 from netaddr import AddrFormatError, IPAddress
 
-from vmnet.model import NotPermitted, UsageError
-from vmnet.requests import MTU, QUEUES, is_mac
+from vmnet.model import MTU, QUEUES, NotPermitted, UsageError, is_mac
 
 
 def parse_address(what: str, text: str | None) -> IPAddress | None:

@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from vmnet.engine import Engine
@@ -153,6 +153,6 @@ def _step(uri: str, gift: Gift, lease: Lease) -> GiveInterface:
         xml = replacement(gift.domain.config_xml or "", gift.like.mac, lease.device)
         network = gift.like.network
     else:
-        xml = libvirt_interface(replace(lease, mac=gift.like.mac) if gift.like else lease)
+        xml = libvirt_interface(lease._replace(mac=gift.like.mac) if gift.like else lease)
         network = ""
     return GiveInterface(uri, gift.domain.name, lease.device, xml, gift.live, gift.config, network)

@@ -1,10 +1,10 @@
 """Look at the kernel: guests, the host part, and what is ours without a lease. Nothing is changed or decided."""
 
+import dataclasses
 import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from socket import inet_aton
 
@@ -78,8 +78,8 @@ def _offered(netlink: Netlink, leases: Sequence[Lease], known: Mapping[str, Link
     bridge = link_by_name(netlink, LIBVIRT_BRIDGE) if wanted else None
     if bridge is None:
         return {}
-    bodies = netlink.dump(RTM_GETLINK, wire.link_query() + u32(wire.IFLA_MASTER, bridge.index))
-    ports = [one for one in map(wire.parse_link, bodies) if one.kind == "tap" and one.master == bridge.index]
+    bodies = netlink.dump(RTM_GETLINK, wire.link_query() + u32(wire.IFLA_MASTER, bridge.ifindex))
+    ports = [one for one in map(wire.parse_link, bodies) if one.kind == "tap" and one.master == bridge.ifindex]
     by_mac = {str(one.mac)[2:]: one for one in ports if not one.alias}
     by_name = {one.name: one for one in ports}
     found = {}
@@ -103,7 +103,7 @@ class _Tables:
         self.routes: dict[int, set[Route]] = defaultdict(set)
         self.neighbours: dict[int, set[tuple[str, str]]] = defaultdict(set)
         self._netlink = netlink
-        self._names = {link.index: link.name for link in links}
+        self._names = {link.ifindex: link.name for link in links}
         for index in [0] if len(links) > _MANY else self._names:
             self._read_addresses(index)
             if not (index in made and self._ask(index, made[index])):
@@ -186,7 +186,7 @@ def observe_guests(
     offered = {} if for_removal else _offered(netlink, leases, by_name)
     by_name |= offered
     links = [by_name[lease.device] for lease in leases if lease.device in by_name]
-    new = {link.index: lease for lease in leases if lease.name in made and (link := by_name.get(lease.device))}
+    new = {link.ifindex: lease for lease in leases if lease.name in made and (link := by_name.get(lease.device))}
     tables = _Tables(netlink, links, new) if links and not for_removal else None
     for lease in leases:
         link = by_name.get(lease.device)
@@ -194,10 +194,10 @@ def observe_guests(
         if link and tables:
             side = Side(
                 link=link,
-                addresses=frozenset(Address(one.value, one.scope) for one in tables.addresses[link.index]),
-                routes=frozenset(tables.routes[link.index]),
-                neighbours=frozenset(tables.neighbours[link.index]),
-                filters=_filters(netlink, link.index),
+                addresses=frozenset(Address(one.value, one.scope) for one in tables.addresses[link.ifindex]),
+                routes=frozenset(tables.routes[link.ifindex]),
+                neighbours=frozenset(tables.neighbours[link.ifindex]),
+                filters=_filters(netlink, link.ifindex),
             )
         view = GuestView(side, offered=lease.device in offered)
         views[lease.name] = _look_inside(view, places, lease, for_removal=for_removal)
@@ -221,30 +221,30 @@ def _look_inside(view: GuestView, places: Places, lease: Lease, *, for_removal: 
         found = identify(path, closely=for_removal)
         if found is None:
             places.forget(path)
-            return replace(view, netns="absent", stub=is_stub(path))
+            return view._replace(netns="absent", stub=is_stub(path))
         if for_removal and lease.netns.owned and found == recorded:
-            return replace(view, netns="ours", netns_id=found)
+            return view._replace(netns="ours", netns_id=found)
         netlink = places.open(path, found)
-        found = replace(found, cookie=netlink.netns_cookie)
+        found = dataclasses.replace(found, cookie=netlink.netns_cookie)
     except ProcessLookupError:
-        return replace(view, netns="stranger")
+        return view._replace(netns="stranger")
     except FileNotFoundError:  # its last process has ended since
-        return replace(view, netns="absent")
+        return view._replace(netns="absent")
     except OSError:
-        return replace(view, netns="ours")  # not for this caller to see: nothing is known against it
+        return view._replace(netns="ours")  # not for this caller to see: nothing is known against it
     if found != recorded:
         lo = link_by_name(netlink, "lo")
         if not (lease.netns.owned and lo and lo.alias == ALIAS_PREFIX + lease.name):
             places.forget(path)
-            return replace(view, netns="stranger")
-    return replace(view, netns="ours", inside=observe_inside(netlink), netns_id=found)
+            return view._replace(netns="stranger")
+    return view._replace(netns="ours", inside=observe_inside(netlink), netns_id=found)
 
 
 def observe_inside(netlink: Netlink) -> Inside:
     """Return what a guest's namespace shows."""
     links = _links_by_name(netlink, (PEER_NAME, "lo"))
     link, lo = links.get(PEER_NAME), links.get("lo")
-    index = link.index if link else -1
+    index = link.ifindex if link else -1
     names = {_LO: "lo", index: PEER_NAME}
     addresses: dict[int, list[LoAddress]] = defaultdict(list)
     for body in netlink.dump(RTM_GETADDR, wire.address_query()):
@@ -297,7 +297,7 @@ def _bridges(netlink: Netlink) -> tuple[Bridge, ...]:
     # A kernel that has never seen a bridge does not know the word, and tells of all devices.
     links = [wire.parse_link(body) for body in netlink.dump(RTM_GETLINK, query) if wire.BRIDGE in body]
     others = [one for one in links if one.name != LIBVIRT_BRIDGE]
-    return tuple(sorted(Bridge(one.name, leads_out(netlink, one.index)) for one in others))
+    return tuple(sorted(Bridge(one.name, leads_out(netlink, one.ifindex)) for one in others))
 
 
 def leads_out(netlink: Netlink, bridge: int) -> bool:
@@ -344,7 +344,7 @@ def orphan_insides(places: Places, links: Sequence[Link]) -> list[tuple[str, Ins
 
     Without records nothing but the kernel's own number for a namespace leads from a device to its far end.
     """
-    bodies = places.host.get_each([Message(RTM_GETLINK, 0, wire.link_query(index=link.index)) for link in links])
+    bodies = places.host.get_each([Message(RTM_GETLINK, 0, wire.link_query(index=link.ifindex)) for link in links])
     wanted = {wire.parse_far_netns(body) for body in bodies if body} - {None}
     found = []
     for path in _netns_paths() if wanted else ():

@@ -127,7 +127,7 @@ class LinuxPlatform:
         links = observe.orphan_links(self._places.host, names)
         veths = [link for link in links if link.kind == "veth"]
         ops = [op for path, inside in observe.orphan_insides(self._places, veths) for op in plan_left(path, inside)]
-        ops += [DelLink(HOST, link.name, link.index) for link in links]
+        ops += [DelLink(HOST, link.name, link.ifindex) for link in links]
         return ops + [DelNetns(path) for path in observe.orphan_netns(self._places, names)]
 
     def lookalikes(self) -> list[Op]:

@@ -105,7 +105,7 @@ def parse_link(body: bytes) -> Link:
     conf4 = parse_attrs(families.get(socket.AF_INET, b"")).get(_IFLA_INET_CONF, b"")
     conf6 = parse_attrs(families.get(socket.AF_INET6, b"")).get(_IFLA_INET6_CONF, b"")
     return Link(
-        index=index,
+        ifindex=index,
         name=attrs[IFLA_IFNAME].rstrip(b"\0").decode(),
         kind=kind,
         group=int.from_bytes(attrs.get(IFLA_GROUP, b""), "little"),
