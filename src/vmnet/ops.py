@@ -4,7 +4,7 @@ An op is one idempotent step. `str(op)` says it to a person, `op.command()` as t
 type; a platform's edge carries it out. A `place` is a network namespace: the empty string for the host's own,
 else the path that leads to a guest's.
 
-Ops are named tuples, not dataclasses: there are twenty kinds, and making the class of a dataclass takes a millisecond.
+Ops are named tuples, not dataclasses: there are twenty kinds, and to make the class of a dataclass takes long.
 """
 
 import shlex
