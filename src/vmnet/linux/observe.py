@@ -1,10 +1,10 @@
 """Look at the kernel: guests, the host part, and what is ours without a lease. Nothing is changed or decided."""
 
-import dataclasses
 import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from socket import inet_aton
 
@@ -225,7 +225,7 @@ def _look_inside(view: GuestView, places: Places, lease: Lease, *, for_removal: 
         if for_removal and lease.netns.owned and found == recorded:
             return view._replace(netns="ours", netns_id=found)
         netlink = places.open(path, found)
-        found = dataclasses.replace(found, cookie=netlink.netns_cookie)
+        found = replace(found, cookie=netlink.netns_cookie)
     except ProcessLookupError:
         return view._replace(netns="stranger")
     except FileNotFoundError:  # its last process has ended since
