@@ -14,8 +14,10 @@ import pytest
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile("vmnet", deadline=None)
 hypothesis.settings.load_profile("vmnet")
-# A shell starts what it puts into the background with SIGINT ignored, and whatever is tested would inherit that.
+# A shell ignores SIGINT and SIGQUIT in what it puts into the background, nohup SIGHUP; what is tested inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+for _number in (signal.SIGQUIT, signal.SIGHUP):
+    signal.signal(_number, signal.SIG_DFL)
 
 WHOLE_MAP = ["0", "0", "4294967295"]
 
