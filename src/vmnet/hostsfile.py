@@ -79,10 +79,9 @@ def render(original: bytes, names: Names, *, made: bool = False) -> bytes:
 
 
 def amend(original: bytes, changes: Changes) -> bytes:
-    """Return `original` with some names changed, or with every name where its block is seen not to be as `render`
-    writes it.
+    """Return `original` with some names changed, or with every name where its block is not as `render` writes it.
 
-    It looks at a few lines, those that lead to the ones to be changed: with thousands of guests as many as with ten.
+    It looks at the few lines that lead to those to be changed, and sees that of these alone.
     """
     place = _block(original)
     if place is None:
