@@ -592,7 +592,8 @@ class Engine:
     def rehearse(self, *, will_fork: bool) -> bool:
         """Go the ways that making and deleting a guest go, for one that there is not, and change nothing.
 
-        A process that has done so has all that these need in memory; and the records open, unless it `will_fork`.
+        A process that has done so has all that these need in memory, and keeps more unless it `will_fork`: the records
+        open, and what `Platform.keep` does.
         Returns whether there may be guests.
         """
         name = "rehearsal"

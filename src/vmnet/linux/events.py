@@ -19,7 +19,6 @@ from typing import Self
 from vmnet.aliases import address_of
 from vmnet.linux import wire
 from vmnet.linux.netlink import (
-    ADD_MEMBERSHIP,
     NETLINK_NETFILTER,
     NETLINK_ROUTE,
     RTM_DELADDR,
@@ -27,6 +26,8 @@ from vmnet.linux.netlink import (
     RTM_NEWLINK,
     SOL_NETLINK,
     Netlink,
+    join_group,
+    open_listener,
     parse_attrs,
 )
 from vmnet.linux.places import NAMED, call
@@ -111,14 +112,12 @@ class Events:
         self._add(timer, lambda: self._read_timer(timer), lambda: os.close(timer))
 
     def _listen(self, protocol: int, groups: Sequence[int]) -> socket.socket:
-        kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
-        listener = socket.socket(socket.AF_NETLINK, kind, protocol)
-        listener.bind((0, 0))  # one that has no port hears nothing of what the kernel itself does
+        listener = open_listener(protocol)
         with suppress(PermissionError):
             listener.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
         for group in groups:
             with suppress(OSError):  # a kernel without it
-                listener.setsockopt(SOL_NETLINK, ADD_MEMBERSHIP, group)
+                join_group(listener, group)
         return listener
 
     def _add(self, fd: int, read: Callable[[], None], close: Callable[[], None]) -> None:

@@ -13,14 +13,14 @@ from typing import NamedTuple
 from vmnet import filters
 from vmnet.linux import wire
 from vmnet.linux.netlink import (
-    ADD_MEMBERSHIP,
     NETLINK_ROUTE,
     RTM_DELROUTE,
     RTM_GETROUTE,
     RTM_NEWROUTE,
-    SOL_NETLINK,
     Netlink,
+    join_group,
     netns_cookie,
+    open_listener,
 )
 from vmnet.ops import ROUTE_PROTOCOL
 
@@ -78,16 +78,14 @@ def _listen() -> socket.socket:
     The kernel does not tell of routes that go with an address, or because a device goes down, but of that itself. All
     of them have 127.0.0.1, an address of lo, for a source, or no device.
     """
-    kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
-    listener = socket.socket(socket.AF_NETLINK, kind, NETLINK_ROUTE)
+    listener = open_listener(NETLINK_ROUTE)
     try:
         program = filters.encode(_PROGRAM)
         held = ctypes.create_string_buffer(program, len(program))
         fprog = _FPROG.pack(len(_PROGRAM), ctypes.addressof(held))
         listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, fprog)
-        listener.bind((0, 0))
         for group in _GROUPS:
-            listener.setsockopt(SOL_NETLINK, ADD_MEMBERSHIP, group)
+            join_group(listener, group)
     except OSError:
         listener.close()
         raise

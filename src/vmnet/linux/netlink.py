@@ -30,7 +30,7 @@ RTM_GETNSID = 90
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _NLM_F_ACK_TLVS, _NLM_F_CAPPED = 0x200, 0x100
 _NLMSGERR_ATTR_MSG = 1
-SOL_NETLINK, ADD_MEMBERSHIP = 270, 1
+SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
 _NETLINK_CAP_ACK, _NETLINK_EXT_ACK, _NETLINK_GET_STRICT_CHK = 10, 11, 12
 _SO_RCVBUFFORCE, _SO_NETNS_COOKIE = 33, 71  # include/uapi/asm-generic/socket.h
 _NESTED = 0x8000
@@ -106,6 +106,18 @@ def netns_cookie(inside: socket.socket) -> int | None:
         return int.from_bytes(inside.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8), sys.byteorder)
     except OSError:
         return None
+
+
+def open_listener(protocol: int) -> socket.socket:
+    """Return a socket that hears what the kernel tells those who join a group of that part of it; it never waits."""
+    listener = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, protocol)
+    listener.bind((0, 0))  # one that has no port hears nothing of what the kernel itself does
+    return listener
+
+
+def join_group(listener: socket.socket, group: int) -> None:
+    """Have a listener hear of one more group; raises OSError where the kernel has none of that number."""
+    listener.setsockopt(SOL_NETLINK, _ADD_MEMBERSHIP, group)
 
 
 class Netlink:

@@ -40,8 +40,8 @@ _CONF_NUMBERS = {"forwarding": 1, "rp_filter": 8, "accept_local": 23, "route_loc
 _DISABLE_IPV6 = 26  # DEVCONF_DISABLE_IPV6 of include/uapi/linux/ipv6.h
 
 _ROUTE_TYPES = {
-    "unicast": 1, "local": 2, "broadcast": 3, "anycast": 4, "multicast": 5, "blackhole": 6, "unreachable": 7,
-    "prohibit": 8, "throw": 9,
+    "unicast": RTN_UNICAST, "local": RTN_LOCAL, "broadcast": 3, "anycast": 4, "multicast": 5, "blackhole": 6,
+    "unreachable": RTN_UNREACHABLE, "prohibit": 8, "throw": 9,
 }  # fmt: skip
 _ROUTE_TYPE_NAMES = {number: name for name, number in _ROUTE_TYPES.items()}
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC, _RTA_TABLE = 1, 4, 5, 6, 7, 15
