@@ -188,13 +188,13 @@ class _Kept:
     def put(self, path: Path, db: sqlite3.Connection, file: _File) -> None:
         self._held = path, db, file
 
-    def take(self, path: Path) -> sqlite3.Connection | None:
-        """Return it if it is one to the file that is at `path` now."""
+    def take(self, path: Path) -> tuple[sqlite3.Connection, _File] | None:
+        """Return it, and which file that is, if it is one to the file that is at `path` now."""
         if self._held is None:
             return None
         (kept_path, db, file), self._held = self._held, None
         if kept_path == path and _file_at(path) == file:
-            return db
+            return db, file
         db.close()
         return None
 
@@ -213,11 +213,20 @@ def _file_at(path: Path) -> _File | None:
 class Store:
     """The records in one directory; made by `open`, and a context manager that closes itself."""
 
-    def __init__(self, path: Path, db: sqlite3.Connection | None, *, write: bool, file: _File | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        db: sqlite3.Connection | None,
+        *,
+        write: bool,
+        file: _File | None = None,
+        was_kept: bool = False,
+    ) -> None:
         self._path = path
         self._db = db
         self._write = write
         self._file = file
+        self._was_kept = was_kept
 
     @classmethod
     def open(cls, directory: Path, *, write: bool) -> Self:
@@ -231,7 +240,7 @@ class Store:
             if not write:
                 return cls(path, _connect_reader(path), write=False)
             if (kept := _kept.take(path)) is not None:
-                return cls(path, kept, write=True)
+                return cls(path, kept[0], write=True, file=kept[1], was_kept=True)
             _make_directory(path.parent)
             _make_file(path)
             file = _file_at(path)
@@ -253,15 +262,17 @@ class Store:
                 return b"%d:%d:" % (found.st_dev, found.st_ino) + file.read(100)[24:28]
 
     def close(self) -> None:
-        """Close the file; closing twice is harmless."""
+        """Close the file, or keep it open where it was kept before; closing twice is harmless."""
+        if self._was_kept:
+            self.keep()
         if self._db is not None:
             self._db.close()
             self._db = None
 
     def keep(self) -> None:
-        """Leave what is open to write to the next `open` of this process, which must not fork before.
+        """Leave what is open to write to the next `open` of this process, and to the one after that.
 
-        If by then another file is there it opens that one.
+        Such a process must not fork. If by then another file is there it opens that one.
         """
         if self._db is not None and self._file is not None:
             _kept.put(self._path, self._db, self._file)

@@ -927,7 +927,7 @@ def test_any_damage_ends_in_an_error_for_people(state: Path, request: pytest.Fix
                     change()
 
 
-def test_what_is_kept_is_used_once_and_sees_what_others_wrote(state: Path) -> None:
+def test_what_is_kept_is_used_by_one_at_a_time_and_sees_what_others_wrote(state: Path) -> None:
     kept = Store.open(state, write=True)
     connection = kept._db
     kept.keep()
@@ -940,7 +940,8 @@ def test_what_is_kept_is_used_once_and_sees_what_others_wrote(state: Path) -> No
         assert lease.block == Block(1)
         assert [one.name for one in another.leases()] == ["other", "web"]
     with Store.open(state, write=True) as store:
-        assert store._db is not connection
+        assert store._db is connection
+        assert [one.name for one in store.leases()] == ["other", "web"]
 
 
 @pytest.mark.parametrize("fate", ["replaced", "gone", "elsewhere"])
