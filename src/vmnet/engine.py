@@ -15,7 +15,6 @@ from itertools import count
 from typing import NamedTuple, NoReturn
 
 from vmnet import absence
-from vmnet.found import load_found
 from vmnet.guests import Guests, apply_all, chunks
 from vmnet.hostpart import HostPart
 from vmnet.locks import Locks
@@ -199,14 +198,15 @@ class Engine:
         new, rebound = self._sort(store, specs, dry_run=False)
         requests = [self._asking.request(spec) for spec in new]
         now = _now()
-        if load_found(self.paths.run, self._here) is None:
-            # What cannot be recorded is refused before the host is carved.
+
+        def refuse_what_cannot_be() -> None:
             with _unless_overtaken(store, new):
                 store.preview(requests, pool=self.settings.pool, created=now, limits=self._limits)
-        for name, netns in rebound.items():
-            store.set_netns({name: netns}, owner=self.on_behalf)
-        carved = self._ensure_host(store)
+
+        carved = self._ensure_host(store, refuse_what_cannot_be)
         try:
+            for name, netns in rebound.items():
+                store.set_netns({name: netns}, owner=self.on_behalf)
             with self._locks.host(shared=True):
                 if not self._host.is_wished_up(store):
                     raise _Overtaken
@@ -235,14 +235,17 @@ class Engine:
             owned=None if self.on_behalf is None else self.settings.user_guests,
         )
 
-    def _ensure_host(self, store: Store) -> bool:
-        """Make the host part, and say whether it was not there at all; for a user only where root wants it there."""
+    def _ensure_host(self, store: Store, first: Callable[[], None] = lambda: None) -> bool:
+        """Make the host part, and say whether it was not there at all; for a user only where root wants it there.
+
+        `first` is called where the host is to be carved, before it is.
+        """
         if self.on_behalf is None:
-            return self._host.ensure(store)
+            return self._host.ensure(store, first)
         if not self._host.is_wished_up(store):
             raise NotPermitted("the host is not carved, and only root may carve it", hint="sudo vmnet carve")
         if not self._host.is_right(store):
-            self._host.ensure(store, if_wished=True)
+            self._host.ensure(store, first, if_wished=True)
         return False
 
     def create_and_look(self, specs: Sequence[GuestSpec]) -> list[Seen]:

@@ -107,13 +107,16 @@ class HostPart:
     def _plan(self, wish: HostWish) -> list[Op]:
         return [op for op in plan_host(wish, self.platform.observe_host()) if not self.holds_back(op)]
 
-    def ensure(self, store: Store, *, if_wished: bool = False) -> bool:
+    def ensure(self, store: Store, first: Callable[[], None] = lambda: None, *, if_wished: bool = False) -> bool:
         """Make the host part as it is to be; say whether it was not there at all. Others wait meanwhile.
 
         `if_wished`: it was seen not to be so; but only where the records still want it when others are done.
+        `first` is called where nothing was found yet: what it raises leaves the host uncarved.
         """
         if not if_wished and self._is_made(store):
             return False
+        if load_found(self.paths.run, self.here) is None:
+            first()
         with self.locks.host(shared=False):
             if if_wished and not self.is_wished_up(store):
                 return False

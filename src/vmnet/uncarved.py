@@ -1,5 +1,6 @@
 """The host part of a system that is not carved: nothing but the wish, in the records."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from vmnet.locks import Locks
@@ -29,8 +30,9 @@ class Uncarved:
         """Return the record of that wish."""
         return HostRecord(wish, self.here.boot_id, self.here.device, self.here.inode)
 
-    def ensure(self, store: Store, *, if_wished: bool = False) -> bool:
-        """Record the wish; say whether it was another one."""
+    def ensure(self, store: Store, first: Callable[[], None] = lambda: None, *, if_wished: bool = False) -> bool:
+        """Record the wish; say whether it was another one. Nothing needs to be done `first`."""
+        del first
         if if_wished or store.host() == self.record("up"):
             return False
         with self.locks.host(shared=False):

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
 from importlib.resources import files
@@ -57,20 +57,22 @@ _SANDBOX = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Answers:
-    """DHCP and DNS for guests; where they cannot be had, that is said, and guests work without."""
+    """DHCP and DNS for guests; where they cannot be had, that is said, and guests work without.
+
+    dnsmasq's files are in `folder`.
+    """
 
     settings: Settings
     paths: Paths
     report: Report
     locks: Locks
     holds_back: Callable[[Op], bool]
+    folder: Path = field(init=False)
 
-    @property
-    def folder(self) -> Path:
-        """Where dnsmasq's files are."""
-        return self.paths.answers
+    def __post_init__(self) -> None:
+        self.folder = self.paths.answers
 
     @property
     def _leases(self) -> Path:
