@@ -1,14 +1,19 @@
 """Many at once: commands of several processes meet, and none of them loses, doubles or breaks anything."""
 
+import fcntl
 import random
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.kernel.alive import Guests
+from tests.kernel.machine import wait_until
 from tests.kernel.net import Laptop, Result, why_no_tap
 from tests.kernel.warm import Warm
+from vmnet.ipam import Pool
+from vmnet.store import LeaseRequest, Store
 
 REFUSED, NO_SUCH_GUEST, CONFLICT = 1, 3, 4
 FORMS: list[tuple[str, ...]] = [
@@ -158,3 +163,28 @@ def test_the_host_is_carved_and_restored_while_guests_come_and_go(crowd: Crowd) 
         for command, result in zip(commands, results, strict=True):
             assert result.code in ((0, 10) if command == ("plan",) else (0,)), (command, result)
     crowd.converges()
+
+
+def test_one_that_cannot_be_made_undoes_nobody_elses(laptop: Laptop) -> None:
+    laptop.run("ip", "netns", "add", "there")
+    laptop.vmnet("carve")
+    lock = laptop.folder / "run/guests.lock"
+    with lock.open("a") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        command = laptop.start(*laptop.call, "create", "web", "--netns", "there")
+        waiting = f":{lock.stat().st_ino} "  # "1: -> POSIX  ADVISORY  WRITE 708 00:1f:4711 0 3", proc(5)
+        assert wait_until(lambda: any("->" in line and waiting in line for line in locks()), 10)
+        laptop.run("ip", "netns", "delete", "there")
+        with Store.open(laptop.folder / "state", write=True) as store:  # it is deleted, and made by somebody else
+            [lease] = store.leases()
+            store.release(["web"], freed=1.0)
+            theirs = LeaseRequest("web", "veth", "native", None, 1500, 4202, 1, lease.netns, None)
+            made = store.allocate([theirs], pool=Pool(), created=lease.created)
+    out, err = command.communicate(timeout=20)
+    assert (command.returncode, out) == (4, ""), err
+    with Store.open(laptop.folder / "state", write=False) as store:
+        assert store.leases() == made
+
+
+def locks() -> list[str]:
+    return Path("/proc/locks").read_text().splitlines()

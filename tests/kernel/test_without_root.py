@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from tests.kernel.machine import wait_until
 from tests.kernel.net import Laptop
-from tests.kernel.test_server import descriptors, host_locked, pid_of_server, processes
+from tests.kernel.stuck import stuck_file, why_no_fuse
+from tests.kernel.test_server import descriptors, host_locked, kill_server, pid_of_server, processes
 from tests.kernel.users import Hostile, User, let_users_in, memory
 from vmnet import __version__
 from vmnet.client import ASK, MAGIC
@@ -27,6 +28,11 @@ OURS = {"place": "/run/state", "version": __version__}
 def question(**fields: Any) -> bytes:
     """Return a question as it is sent."""
     return b"\0".join((MAGIC, ASK, json.dumps({**OURS, **fields}).encode()))
+
+
+def state(pid: int) -> str:
+    """Return the letter that proc_pid_stat(5) has for what a process does: `D`, it waits and no signal ends that."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 @pytest.fixture
@@ -274,6 +280,29 @@ def test_a_socket_that_lingers_keeps_nobody_waiting(laptop: Laptop, mallory: Hos
     command = laptop.start(*laptop.call, "list")
     assert command.communicate(timeout=20)[1] == ""
     mallory.do("leave")
+
+
+def test_a_fork_that_cannot_be_killed_is_given_up(laptop: Laptop, alice: User, bob: User) -> None:
+    if reason := why_no_fuse():
+        pytest.skip(reason)
+    kill_server(laptop)
+    python, *_, main = laptop.client
+    hurried = "from vmnet.server import loop; loop._LONGEST_ANSWER = 1.0; from vmnet.cli import main; main()"
+    code = f"import sys; sys.path.insert(0, sys.argv.pop(1).removesuffix('/vmnet/__main__.py')); {hurried}"
+    server = laptop.start(python, "-c", code, main, "serve")
+    assert server.stderr
+    assert "serving" in server.stderr.readline()
+    with stuck_file(laptop, "/run/stuck") as path, Hostile(bob) as hostile:
+        said = hostile.send(question(verb="create", names=["v"], netns=True), path, patience=3.0)
+        assert said == b"b<TimeoutError>"
+        [stuck] = [pid for pid in processes(laptop) if state(pid) == "D"]
+        assert alice.vmnet("create", "mine").code == 0
+        assert laptop.is_served()
+        os.kill(pid_of_server(laptop), signal.SIGTERM)
+        assert server.wait(10) == 0
+        assert state(stuck) == "D"
+    assert wait_until(lambda: not processes(laptop), 5)
+    assert [one["name"] for one in laptop.vmnet("list", "--json").json] == ["mine"]
 
 
 def test_who_has_no_account_is_nobody(laptop: Laptop, alice: User) -> None:
