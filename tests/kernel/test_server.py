@@ -403,6 +403,17 @@ def test_a_watcher_that_is_killed_leaves_no_server(laptop: Laptop) -> None:
         assert wait_until(lambda: is_served(laptop), 10)
 
 
+def test_a_watcher_that_is_killed_at_once_leaves_no_server(laptop: Laptop) -> None:
+    laptop.vmnet("carve")
+    with Watching(laptop) as watcher:
+        assert wait_until(lambda: path_of(laptop).exists(), 5)
+        command = laptop.start(*CLIENT, "list")
+        assert wait_until(lambda: any(not is_client(pid) for pid in processes(laptop)), 10)
+        watcher.kill()  # while what it has started imports
+        assert wait_until(lambda: not processes(laptop), 10)
+    assert command.wait(20) == 0  # the client did it by itself
+
+
 def test_systemd_may_pass_it_the_socket(laptop: Laptop) -> None:
     laptop.vmnet("carve")
     activate = shutil.which("systemd-socket-activate")

@@ -405,13 +405,16 @@ def serve(
     descriptor: Annotated[
         int | None, typer.Option("--fd", metavar="N", help="Listen at the socket behind descriptor N.")
     ] = None,
+    parent: Annotated[
+        int | None, typer.Option("--parent", metavar="PID", help="End with that process, which has started this one.")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Do at once what root's vmnet is called for, and what members of group vmnet ask for guests of their own."""
     from vmnet.cli.serve import run_server
 
     _need_linux("serve", "the commands work without a server")
-    run_server(main, _open_engine, rehearse, descriptor=descriptor, as_json=json_)
+    run_server(main, _open_engine, rehearse, descriptor=descriptor, parent=parent, as_json=json_)
 
 
 def rehearse(will_fork: bool) -> None:

@@ -33,6 +33,7 @@ def run_server(
     rehearse: Callable[[bool], None],
     *,
     descriptor: int | None,
+    parent: int | None,
     as_json: bool,
 ) -> None:
     """Serve until SIGTERM or SIGINT; raises NotPermitted for all but root."""
@@ -57,7 +58,7 @@ def run_server(
     work = Work(main=partial(_run, main), reply=partial(reply, open_for), rehearse=rehearse, busy=BUSY)
     gc.collect()
     gc.freeze()  # nothing of this is garbage, and to look through it would copy its pages in each fork
-    Server(Paths.from_environment(), Service(as_json=as_json), work, descriptor).serve()
+    Server(Paths.from_environment(), Service(as_json=as_json), work, descriptor, parent).serve()
 
 
 def _run(main: Callable[[], None]) -> None:

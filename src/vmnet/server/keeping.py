@@ -59,7 +59,8 @@ class Keeping:
     def _keep(self, listener: socket.socket) -> None:
         while not self._stops(listener.fileno()):
             started = time.monotonic()
-            argv = [sys.executable, "-I", str(_MAIN), "serve", "--fd", str(listener.fileno())]
+            options = ["--fd", str(listener.fileno()), "--parent", str(os.getpid())]
+            argv = [sys.executable, "-I", str(_MAIN), "serve", *options]
             server = subprocess.Popen(
                 argv,
                 stdin=subprocess.DEVNULL,

@@ -68,12 +68,16 @@ class _Client:
 
 @dataclass
 class Server:
-    """Serves until it is told to stop; `descriptor` is a socket that is there already."""
+    """Serves until it is told to stop, or `parent` ends that has started it.
+
+    `descriptor` is a socket that is there already.
+    """
 
     paths: Paths
     service: Service
     work: Work
     descriptor: int | None = None
+    parent: int | None = None
     _stop: bool = field(init=False, default=False)
     _listener: socket.socket = field(init=False)
     _passed: bool = field(init=False, default=False)
@@ -94,8 +98,10 @@ class Server:
         assert own is not None, "/proc is not mounted"
         self._own = own
         with ExitStack() as stack:
-            if self.descriptor is not None:
+            if self.parent is not None:
                 end_with_parent(signal.SIGTERM)
+                if os.getppid() != self.parent:
+                    return  # it ended while this process began
             passed = passed_socket(self.descriptor)
             self._passed = passed is not None
             self._listener = stack.enter_context(passed or Listener(self.paths.run, group_id()))
