@@ -25,13 +25,13 @@ from vmnet.model import (
     Conflict,
     KernelRefused,
     Lease,
+    NameTaken,
     Netns,
     NetnsGone,
     NetnsId,
     NoSuchGuest,
     NoSuchRelay,
     NotPermitted,
-    PoolExhausted,
     State,
     UsageError,
     VmnetError,
@@ -200,7 +200,7 @@ class Engine:
         now = _now()
 
         def refuse_what_cannot_be() -> None:
-            with _unless_overtaken(store, new):
+            with _unless_overtaken():
                 store.preview(requests, pool=self.settings.pool, created=now, limits=self._limits)
 
         carved = self._ensure_host(store, refuse_what_cannot_be)
@@ -210,7 +210,7 @@ class Engine:
             with self._locks.host(shared=True):
                 if not self._host.is_wished_up(store):
                     raise _Overtaken
-                with _unless_overtaken(store, new):
+                with _unless_overtaken():
                     made = store.allocate(requests, pool=self.settings.pool, created=now, limits=self._limits)
                 blocks = {lease.block for lease in made}
                 try:
@@ -846,14 +846,12 @@ class Engine:
 
 
 @contextmanager
-def _unless_overtaken(store: Store, new: Sequence[GuestSpec]) -> Iterator[None]:
-    """Raise _Overtaken in place of a refusal where another process has made one of `new` meanwhile."""
+def _unless_overtaken() -> Iterator[None]:
+    """Raise _Overtaken where another process has made a guest that was not there a moment ago."""
     try:
         yield
-    except (Conflict, PoolExhausted) as error:
-        if any(store.lease(spec.name) for spec in new):
-            raise _Overtaken from error
-        raise
+    except NameTaken as error:
+        raise _Overtaken from error
 
 
 def _now() -> str:

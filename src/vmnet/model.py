@@ -68,6 +68,10 @@ class Conflict(VmnetError):
     exit_code = 4
 
 
+class NameTaken(Conflict):
+    """There is a guest of that name already."""
+
+
 class NetnsGone(Conflict):
     """The network namespace of a guest, which somebody else made, is not there any more."""
 

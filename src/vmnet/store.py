@@ -32,6 +32,7 @@ from vmnet.model import (
     Lease,
     Maker,
     Mode,
+    NameTaken,
     Netns,
     NetnsId,
     NoSuchGuest,
@@ -352,9 +353,9 @@ class Store:
         then freed ones from the one that has been free longest. A `pool` other than last time's is taken over;
         leases outside it stay. `created` is kept as it is.
 
-        Raises `Conflict` for a name that has a lease and for an address that is held or reserved, `UsageError` for
-        an address that cannot be a guest's, `PoolExhausted` when too few blocks are free, or when there would be more
-        guests than `limits` allow, those that are down included.
+        Raises `NameTaken` for a name that has a lease, whatever else there is; `Conflict` for an address that is held
+        or reserved, `UsageError` for an address that cannot be a guest's, `PoolExhausted` when too few blocks are free,
+        or when there would be more guests than `limits` allow, those that are down included.
         """
         with self._writing() as db:
             return _allocate(db, requests, pool, created, limits)
@@ -572,9 +573,33 @@ def _domains(db: sqlite3.Connection, which: str, *values: object) -> Iterator[Do
 def _allocate(
     db: sqlite3.Connection, requests: Sequence[LeaseRequest], pool: Pool, created: str, limits: Limits | None
 ) -> list[Lease]:
-    if limits:
-        _need_room(db, requests, limits)
-    _adopt_pool(db, pool)
+    try:
+        if limits:
+            _need_room(db, requests, limits)
+        _adopt_pool(db, pool)
+        blocks = _take_blocks(db, requests, pool)
+    except (Conflict, PoolExhausted):
+        for request in requests:  # whatever it lacks, a guest that is there has it already
+            if _find_lease(db, request.name):
+                raise _taken(request.name) from None
+        raise
+    leases = [_new_lease(request, Block(blocks[request.name]), created) for request in requests]
+    for lease in leases:
+        try:
+            db.execute(_INSERT_LEASE, _lease_row(lease))
+        except sqlite3.IntegrityError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_CONSTRAINT_UNIQUE:
+                raise
+            raise _taken(lease.name) from None
+    return leases
+
+
+def _taken(name: str) -> NameTaken:
+    return NameTaken(f"{name} exists already", hint=f"vmnet show {name}")
+
+
+def _take_blocks(db: sqlite3.Connection, requests: Sequence[LeaseRequest], pool: Pool) -> dict[str, int]:
+    """Take a block for each of `requests` away from the free ones; return them by name."""
     blocks: dict[str, int] = {}
     for request in requests:
         if request.address is not None:
@@ -584,15 +609,7 @@ def _allocate(
             blocks[request.name] = own
     others = [request.name for request in requests if request.name not in blocks]
     blocks.update(zip(others, _take_next(db, len(others)), strict=True))
-    leases = [_new_lease(request, Block(blocks[request.name]), created) for request in requests]
-    for lease in leases:
-        try:
-            db.execute(_INSERT_LEASE, _lease_row(lease))
-        except sqlite3.IntegrityError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_CONSTRAINT_UNIQUE:
-                raise
-            raise Conflict(f"{lease.name} exists already", hint=f"vmnet show {lease.name}") from None
-    return leases
+    return blocks
 
 
 def _need_room(db: sqlite3.Connection, requests: Sequence[LeaseRequest], limits: "Limits") -> None:

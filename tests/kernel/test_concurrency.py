@@ -2,6 +2,7 @@
 
 import fcntl
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,33 @@ def test_one_that_cannot_be_made_undoes_nobody_elses(laptop: Laptop) -> None:
     assert (command.returncode, out) == (4, ""), err
     with Store.open(laptop.folder / "state", write=False) as store:
         assert store.leases() == made
+
+
+_MEANWHILE = """
+import subprocess, sys
+from vmnet.cli import main
+from vmnet.store import Store
+
+allocate, others = Store.allocate, sys.argv.pop(1).split()
+
+def overtaken(self, *args, **values):
+    Store.allocate = allocate
+    subprocess.run([*others, "create", "web", "--kind", "veth"], check=True, stdout=subprocess.DEVNULL)
+    try:
+        return allocate(self, *args, **values)
+    finally:
+        subprocess.run([*others, "delete", "web"], check=True)
+
+Store.allocate = overtaken
+main()
+"""
+
+
+def test_what_comes_and_goes_in_between_is_in_nobodys_way(laptop: Laptop) -> None:
+    laptop.vmnet("carve")
+    words = [sys.executable, "-c", _MEANWHILE, " ".join(laptop.call), "create", "web", "--kind", "veth"]
+    assert laptop.execute(*words).code == 0
+    assert [one["state"] for one in laptop.vmnet("list", "--json").json] == ["up"]
 
 
 def locks() -> list[str]:

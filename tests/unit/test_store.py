@@ -33,6 +33,7 @@ from vmnet.model import (
     Conflict,
     KernelRefused,
     Lease,
+    NameTaken,
     Netns,
     NetnsId,
     NoSuchGuest,
@@ -41,7 +42,7 @@ from vmnet.model import (
     UsageError,
     VmnetError,
 )
-from vmnet.store import HostRecord, LeaseRequest, RecordsUnreadable, Reservation, Store
+from vmnet.store import HostRecord, LeaseRequest, Limits, RecordsUnreadable, Reservation, Store
 
 T = TypeVar("T")
 NOBODY = 65534
@@ -238,6 +239,20 @@ def test_an_existing_name_is_a_conflict_and_nothing_is_written(state: Path) -> N
             store.allocate([ask("b"), ask("a")], pool=WHOLE, created=NOW)
         assert [lease.name for lease in store.leases()] == ["a"]
         assert numbers(store.allocate([ask("c")], pool=WHOLE, created=NOW)) == [1]
+
+
+def test_what_there_is_of_a_name_comes_before_what_it_lacks(state: Path) -> None:
+    only = Pool.parse(["127.1.0.0/30"])
+    with Store.open(state, write=True) as store:
+        store.allocate([ask("a", "127.1.0.2")], pool=only, created=NOW)
+        for request in (ask("a"), ask("a", "127.1.0.2")):
+            with pytest.raises(NameTaken, match="a exists already"):
+                store.allocate([request], pool=only, created=NOW, limits=Limits(owned=1))
+        with pytest.raises(PoolExhausted):
+            store.allocate([ask("b")], pool=only, created=NOW)
+        with pytest.raises(Conflict, match="is held by a"):
+            store.allocate([ask("b", "127.1.0.2")], pool=only, created=NOW)
+        assert [lease.name for lease in store.leases()] == ["a"]
 
 
 def test_releasing_twice_is_harmless(state: Path) -> None:
