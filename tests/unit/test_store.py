@@ -367,6 +367,18 @@ class Model:
 
     def allocate(self, requests: Sequence[LeaseRequest], pool: Pool) -> dict[str, int]:
         """Return who gets which block, or raise the error; changes nothing."""
+        is_taken = bool({request.name for request in requests} & set(self.leases))
+        try:
+            given = self._give(requests, pool)
+        except (Conflict, PoolExhausted):
+            if is_taken:
+                raise NameTaken("") from None
+            raise
+        if is_taken:
+            raise NameTaken("")
+        return given
+
+    def _give(self, requests: Sequence[LeaseRequest], pool: Pool) -> dict[str, int]:
         pool_blocks = [n for n in range(20) if any(Block(n).network in network for network in pool.networks)]
         reserved = [n for n in pool_blocks if any(Block(n).network in network for network in pool.reserved)]
         free = [n for n in pool_blocks if n not in reserved and not self.is_others(n) and n not in self.leases.values()]
@@ -392,8 +404,6 @@ class Model:
                 if not order:
                     raise PoolExhausted("")
                 given[request.name] = order.pop(0)
-        if set(given) & set(self.leases):
-            raise Conflict("")
         return given
 
 
@@ -422,9 +432,11 @@ class Records(RuleBasedStateMachine):
         try:
             given = self.model.allocate(requests, pool)
         except VmnetError as error:
+            wanted_error = type(error)
             for call in (self.store.preview, self.store.allocate):
-                with pytest.raises(type(error)):
+                with pytest.raises(wanted_error) as caught:
                     call(requests, pool=pool, created=NOW)
+                assert caught.type is wanted_error
             return
         preview = self.store.preview(requests, pool=pool, created=NOW)
         leases = self.store.allocate(requests, pool=pool, created=NOW)
