@@ -241,7 +241,9 @@ class Store:
             if not write:
                 return cls(path, _connect_reader(path), write=False)
             if (kept := _kept.take(path)) is not None:
-                return cls(path, kept[0], write=True, file=kept[1], was_kept=True)
+                db, known = kept
+                _patiently(lambda: _migrate(db, path))  # somebody may have emptied or spoilt it where it is
+                return cls(path, db, write=True, file=known, was_kept=True)
             _make_directory(path.parent)
             _make_file(path)
             file = _file_at(path)

@@ -971,7 +971,7 @@ def test_what_is_kept_is_used_by_one_at_a_time_and_sees_what_others_wrote(state:
         assert [one.name for one in store.leases()] == ["other", "web"]
 
 
-@pytest.mark.parametrize("fate", ["replaced", "gone", "elsewhere"])
+@pytest.mark.parametrize("fate", ["replaced", "gone", "emptied", "elsewhere"])
 def test_what_is_kept_is_not_used_for_another_file(state: Path, tmp_path: Path, fate: str) -> None:
     with Store.open(state, write=True) as store:
         store.allocate([ask("before")], pool=WHOLE, created=NOW)
@@ -982,6 +982,8 @@ def test_what_is_kept_is_not_used_for_another_file(state: Path, tmp_path: Path, 
         os.replace(backup, state / "vmnet.db")
     elif fate == "gone":
         (state / "vmnet.db").unlink()
+    elif fate == "emptied":
+        (state / "vmnet.db").write_bytes(b"")
     place = tmp_path / "other" if fate == "elsewhere" else state
     with Store.open(place, write=True) as store:
         store.allocate([ask("new")], pool=WHOLE, created=NOW)
