@@ -6,8 +6,8 @@ finish. Commands differ in what they desire and in how far they walk: a dry run 
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache, partial
@@ -161,7 +161,7 @@ class Engine:
             if dry_run:
                 return self._preview_create(store, specs, names)
             for _ in range(_RUNS):
-                with suppress(_Overtaken, NoSuchGuest):
+                with suppress(_Overtaken, NameTaken, NoSuchGuest):
                     return self._create(store, specs, names), []
         raise Conflict(f"others make and delete {', '.join(names)} all the time", hint="try again")
 
@@ -194,14 +194,16 @@ class Engine:
         return [*old, *preview], ops + self._names.plan([*rest, *preview])
 
     def _create(self, store: Store, specs: Sequence[GuestSpec], names: Sequence[str]) -> list[Lease]:
-        """Make guests; raises _Overtaken, or NoSuchGuest for one deleted meanwhile, where it is to be begun anew."""
+        """Make guests; raises _Overtaken where it is to be begun anew.
+
+        Then it also raises NameTaken for one that was made meanwhile, NoSuchGuest for one that was deleted.
+        """
         new, rebound = self._sort(store, specs, dry_run=False)
         requests = [self._asking.request(spec) for spec in new]
         now = _now()
 
         def refuse_what_cannot_be() -> None:
-            with _unless_overtaken():
-                store.preview(requests, pool=self.settings.pool, created=now, limits=self._limits)
+            store.preview(requests, pool=self.settings.pool, created=now, limits=self._limits)
 
         carved = self._ensure_host(store, refuse_what_cannot_be)
         try:
@@ -210,8 +212,7 @@ class Engine:
             with self._locks.host(shared=True):
                 if not self._host.is_wished_up(store):
                     raise _Overtaken
-                with _unless_overtaken():
-                    made = store.allocate(requests, pool=self.settings.pool, created=now, limits=self._limits)
+                made = store.allocate(requests, pool=self.settings.pool, created=now, limits=self._limits)
                 blocks = {lease.block for lease in made}
                 try:
                     recorded = store.leases(names)
@@ -843,15 +844,6 @@ class Engine:
                     hint="run vmnet there, or set VMNET_STATE_DIR and VMNET_RUN_DIR to folders for this one",
                 )
         return store
-
-
-@contextmanager
-def _unless_overtaken() -> Iterator[None]:
-    """Raise _Overtaken where another process has made a guest that was not there a moment ago."""
-    try:
-        yield
-    except NameTaken as error:
-        raise _Overtaken from error
 
 
 def _now() -> str:

@@ -241,9 +241,7 @@ class Store:
             if not write:
                 return cls(path, _connect_reader(path), write=False)
             if (kept := _kept.take(path)) is not None:
-                db, known = kept
-                _patiently(lambda: _migrate(db, path))  # somebody may have emptied or spoilt it where it is
-                return cls(path, db, write=True, file=known, was_kept=True)
+                return cls(path, kept[0], write=True, file=kept[1], was_kept=True)
             _make_directory(path.parent)
             _make_file(path)
             file = _file_at(path)
@@ -538,7 +536,7 @@ class Store:
             raise RuntimeError("this store is not open for writing")
         try:
             _patiently(lambda: db.execute("BEGIN IMMEDIATE"))
-            _check_version(db, self._path)
+            _bring_up_to_date(db, self._path)  # somebody may have emptied the file since it was opened
             yield db
             _patiently(lambda: db.execute("COMMIT"))  # waits for readers; those to come wait for it
         except (sqlite3.Error, OSError, UnicodeError) as error:
@@ -879,16 +877,23 @@ def _migrate(db: sqlite3.Connection, path: Path) -> None:
         return
     db.execute("BEGIN IMMEDIATE")
     try:
-        # Another process may have done it while this one waited.
-        for step in MIGRATIONS[_check_version(db, path) :]:
-            for statement in step:
-                db.execute(statement)
-        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+        _bring_up_to_date(db, path)  # another process may have done it while this one waited
         db.execute("COMMIT")
     except BaseException:
         db.rollback()
         raise
+
+
+def _bring_up_to_date(db: sqlite3.Connection, path: Path) -> None:
+    """Do in the transaction that was begun what the schema lacks of this vmnet's; nothing for most."""
+    version = _check_version(db, path)
+    if version == len(MIGRATIONS):
+        return
+    for step in MIGRATIONS[version:]:
+        for statement in step:
+            db.execute(statement)
+    db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
 
 @contextmanager
