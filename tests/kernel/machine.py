@@ -75,6 +75,12 @@ def wait_until(met: Callable[[], bool], seconds: float = TIMEOUT) -> bool:
     return True
 
 
+def somebody_waits_for(lock: Path) -> bool:
+    """Say whether a process waits for a lock on that file that another one has."""
+    waiting = f":{lock.stat().st_ino} "  # "1: -> FLOCK  ADVISORY  WRITE 708 00:1f:4711 0 EOF", proc(5)
+    return any("->" in line and waiting in line for line in Path("/proc/locks").read_text().splitlines())
+
+
 def answered(asked: Iterable[tuple["Machine", str, int]], wait: float = TIMEOUT) -> set[tuple[str, str, int]]:
     """Ask many at once, by TCP and UDP: return those of (machine, address, port) that have an answer of either kind.
 

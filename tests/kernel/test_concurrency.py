@@ -4,13 +4,12 @@ import fcntl
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.kernel.alive import Guests
-from tests.kernel.machine import wait_until
+from tests.kernel.machine import somebody_waits_for, wait_until
 from tests.kernel.net import Laptop, Result, why_no_tap
 from tests.kernel.warm import Warm
 from vmnet.ipam import Pool
@@ -173,8 +172,7 @@ def test_one_that_cannot_be_made_undoes_nobody_elses(laptop: Laptop) -> None:
     with lock.open("a") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         command = laptop.start(*laptop.call, "create", "web", "--netns", "there")
-        waiting = f":{lock.stat().st_ino} "  # "1: -> POSIX  ADVISORY  WRITE 708 00:1f:4711 0 3", proc(5)
-        assert wait_until(lambda: any("->" in line and waiting in line for line in locks()), 10)
+        assert wait_until(lambda: somebody_waits_for(lock), 10)
         laptop.run("ip", "netns", "delete", "there")
         with Store.open(laptop.folder / "state", write=True) as store:  # it is deleted, and made by somebody else
             [lease] = store.leases()
@@ -212,7 +210,3 @@ def test_what_comes_and_goes_in_between_is_in_nobodys_way(laptop: Laptop) -> Non
     words = [sys.executable, "-c", _MEANWHILE, " ".join(laptop.call), "create", "web", "--kind", "veth"]
     assert laptop.execute(*words).code == 0
     assert [one["state"] for one in laptop.vmnet("list", "--json").json] == ["up"]
-
-
-def locks() -> list[str]:
-    return Path("/proc/locks").read_text().splitlines()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.machine import wait_until
+from tests.kernel.machine import somebody_waits_for, wait_until
 from tests.kernel.net import CLIENT, SOURCES, Laptop, need_own_etc
 from tests.kernel.watching import Watching
 from tests.unit.test_libvirt import domain, ethernet
@@ -104,14 +104,8 @@ def host_lock(laptop: Laptop) -> Path:
 
 def begin(laptop: Laptop, *args: str) -> "subprocess.Popen[str]":
     """Start a command, and wait until a fork of the server's waits for the lock that `host_locked` holds."""
-    inode = host_lock(laptop).stat().st_ino
     command = laptop.start(*CLIENT, *args)
-
-    def somebody_waits() -> bool:  # "1: -> FLOCK  ADVISORY  WRITE 708 00:1f:4711 0 EOF", proc(5)
-        lines = Path("/proc/locks").read_text().splitlines()
-        return any("->" in line and f":{inode} " in line for line in lines)
-
-    assert wait_until(somebody_waits, 10), command.communicate(timeout=10)
+    assert wait_until(lambda: somebody_waits_for(host_lock(laptop)), 10), command.communicate(timeout=10)
     return command
 
 
